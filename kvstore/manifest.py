@@ -1,0 +1,239 @@
+"""What a store is: its manifest, groups, layout and the two fingerprints (FORMAT.md 2 and 3).
+
+Pure records and planning; `writer` and `reader` put them on disk and take them off it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from kvstore.codec import Codec, Quantizer, code_dim, codec_named, storage_dtype
+from kvstore.errors import FingerprintMismatchError, StoreFormatError, StoreNotFoundError
+from kvstore.records import Difference, differences, fingerprint, read_sealed
+from kvstore.spec import Dtype, KVSpec, LayerSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+ARRAYS = "kv.zarr"
+COMMITS = "commits"
+SAMPLES = "samples"
+TOKENIZER = "tokenizer"
+
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 1024
+MAX_SHARD_BYTES = 256 * 2**20
+MAX_SHARD_TOKENS = 65_536
+_SHARDS_WANTED = 32
+
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, Kind] = ("key", "value")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the token axis is cut; the same for every array of a store."""
+
+    chunk_tokens: int
+    """Tokens of an inner chunk, Zarr's unit of decoding; samples start on one."""
+    shard_tokens: int
+    """Tokens of a shard, Zarr's stored object and the unit of work, commit and hash."""
+    num_shards: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the token axis, gaps between samples included."""
+        return self.shard_tokens * self.num_shards
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Layers that share their arrays: equal geometry, codec and storage dtype."""
+
+    path: str
+    """Zarr group inside kv.zarr: '' for the root, else 'group_1' and so on."""
+    layers: tuple[int, ...]
+    """The teacher's layer numbers; the position is the slot."""
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    codec: str
+    dtype: Dtype
+
+    def quantizer(self, kind: Kind) -> Quantizer | None:
+        return codec_named(self.codec).quantizer(kind)
+
+    def array(self, kind: Kind) -> str:
+        """Name of the array of codes: `value_byte` where two 4-bit codes share a byte."""
+        quantizer = self.quantizer(kind)
+        return f"{kind}_byte" if quantizer and quantizer.bits == 4 else kind
+
+    def dim(self, kind: Kind) -> int:
+        return self.key_dim if kind == "key" else self.value_dim
+
+    def code_shape(self, kind: Kind) -> tuple[int, int]:
+        """(kv_head, code) axes of the array of codes."""
+        return self.num_kv_heads, code_dim(self.quantizer(kind), self.dim(kind))
+
+    def storage_dtype(self, kind: Kind) -> np.dtype[Any]:
+        return storage_dtype(self.quantizer(kind), self.dtype)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in the larger of the two arrays, before compression."""
+        return max(len(self.layers) * int(np.prod(self.code_shape(kind))) * self.storage_dtype(kind).itemsize for kind in KINDS)
+
+
+def plan_groups(spec: KVSpec, codec: Codec) -> tuple[Group, ...]:
+    """Groups of a store: layers of equal geometry together, the largest group at the root.
+
+    Raises:
+        CodecError: the codec cannot hold a layer's dims.
+    """
+    by_geometry: dict[tuple[int, int, int], list[LayerSpec]] = {}
+    for layer in spec.layers:
+        by_geometry.setdefault(layer.geometry, []).append(layer)
+    groups = [
+        Group(
+            path="",
+            layers=tuple(layer.layer for layer in layers),
+            num_kv_heads=heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            codec=codec.name,
+            dtype=spec.dtype,
+        )
+        for (heads, key_dim, value_dim), layers in by_geometry.items()
+    ]
+    groups.sort(key=lambda group: (-group.token_bytes, group.layers))
+    return tuple(dataclasses.replace(group, path=f"group_{index}" if index else "") for index, group in enumerate(groups))
+
+
+def plan_chunk_tokens(lengths: Sequence[int]) -> int:
+    """Power of two at most a quarter of the median sample, 64 to 1,024: a sample alone is then read with little waste."""
+    quarter = max(int(np.median(lengths)) // 4, 1)
+    return int(np.clip(1 << (quarter.bit_length() - 1), MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS))
+
+
+def plan_shard_tokens(lengths: Sequence[int], chunk_tokens: int, groups: Sequence[Group]) -> int:
+    """Multiple of the chunk that holds the longest sample; else about 1/32 of the data, 256 MiB or 65,536 tokens, the least."""
+    padded = [-(-length // chunk_tokens) for length in lengths]
+    by_bytes = MAX_SHARD_BYTES // max(group.token_bytes for group in groups) // chunk_tokens
+    wanted = min(-(-sum(padded) // _SHARDS_WANTED), by_bytes, MAX_SHARD_TOKENS // chunk_tokens)
+    return chunk_tokens * max(wanted, max(padded))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Immutable identity of a store; `manifest.json` holds it sealed with its own sha256."""
+
+    spec: KVSpec
+    """What is stored: a baked store has the student's geometry under the teacher's layer numbers."""
+    layout: Layout
+    groups: tuple[Group, ...]
+    alignment: dict[str, Any] | None
+    """Record of `pipeline.align.Alignment`, None where no student was named."""
+    calibration: str | None
+    """sha256 over the mean and step arrays; None for raw."""
+    signal: dict[str, Any]
+    """Everything that shapes the numbers: weights, tokenizer, codec, alignment, layers, dtype."""
+    data: dict[str, Any]
+    """Which samples the store is for, and how they were cut."""
+    created: str
+    """UTC time, ISO 8601."""
+    kvpipe_version: str
+
+    @property
+    def signal_fingerprint(self) -> str:
+        return fingerprint(self.signal)
+
+    @property
+    def data_fingerprint(self) -> str:
+        return fingerprint(self.data)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the whole store: what a checkpoint of a student remembers."""
+        return fingerprint([self.signal_fingerprint, self.data_fingerprint])
+
+    def group_of(self, layer: int) -> tuple[Group, int]:
+        """Group and slot of a teacher layer.
+
+        Raises:
+            ValueError: the store does not hold that layer.
+        """
+        for group in self.groups:
+            if layer in group.layers:
+                return group, group.layers.index(layer)
+        raise ValueError(f"layers: got {layer}, but the store holds layers {list(self.spec.layer_numbers)}")
+
+    def to_json(self) -> dict[str, Any]:
+        body = dataclasses.asdict(self)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **body,
+            "fingerprints": {"signal": self.signal_fingerprint, "data": self.data_fingerprint},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], where: Path) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            StoreFormatError: another schema version, a missing field, or fingerprints that do not fit their fields.
+        """
+        version = record.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise StoreFormatError(
+                f"schema_version: got {version!r}, expected {SCHEMA_VERSION} ({where}); use the kvpipe that wrote it"
+            )
+        try:
+            manifest = cls(
+                spec=KVSpec.from_json(record["spec"]),
+                layout=Layout(**record["layout"]),
+                groups=tuple(Group(**{**group, "layers": tuple(group["layers"])}) for group in record["groups"]),
+                **{name: record[name] for name in _PLAIN_FIELDS},
+            )
+            fingerprints = cast(dict[str, str], record["fingerprints"])
+        except (KeyError, TypeError) as error:
+            raise StoreFormatError(f"{where}: {error!r}; expected the fields of FORMAT.md 2") from error
+        expected = {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint}
+        if fingerprints != expected:
+            raise StoreFormatError(f"fingerprints: got {fingerprints}, expected {expected} from the fields ({where})")
+        return manifest
+
+
+_PLAIN_FIELDS = ("alignment", "calibration", "signal", "data", "created", "kvpipe_version")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and verify the manifest of the store at `root`.
+
+    Raises:
+        StoreNotFoundError: no manifest there.
+        StoreFormatError: it is damaged or of another version.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        raise StoreNotFoundError(
+            f"no store at {root}: {MANIFEST} is missing; make one with 'kvpipe extract --teacher T --data D --out {root}'"
+        )
+    return Manifest.from_json(read_sealed(path), path)
+
+
+def refuse_mismatch(where: Path, *, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Compare an existing store's identity with that of this run.
+
+    Raises:
+        FingerprintMismatchError: they differ; every differing field is named with what this run has and the store's.
+    """
+    found: list[Difference] = list(differences(wanted, stored))
+    if found:
+        raise FingerprintMismatchError(
+            f"{what} of this run differs from the store at {where} in {len(found)} field(s):\n  "
+            + "\n  ".join(str(difference) for difference in found)
+            + "\nNothing was written. Run with the store's own settings to resume it, or choose another --out."
+        )

@@ -1,0 +1,235 @@
+"""Reading a store: samples by index, decoded, verified against what was committed (FORMAT.md 8).
+
+One native read per array and call, whatever the number of samples: a busy main thread then costs little (research/loaders 5.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+import zarr
+from jaxtyping import Float32, Int32, Int64
+
+from kvstore import codec as codecs
+from kvstore.arrays import calibration_fingerprint, open_array
+from kvstore.commits import read_commit, token_crc32c
+from kvstore.errors import CorruptShardError
+from kvstore.manifest import ARRAYS, KINDS, TOKENIZER, Group, Kind, Manifest, read_manifest
+from kvstore.samples import SampleTable
+from kvstore.spec import KVSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KVBatch:
+    """Decoded keys and values of some samples, concatenated in the order asked for."""
+
+    layers: tuple[int, ...]
+    """Teacher layer numbers along the layer axis."""
+    key: Float32[np.ndarray, "layer token kv_head key_dim"]
+    value: Float32[np.ndarray, "layer token kv_head value_dim"]
+    input_ids: Int32[np.ndarray, "token"]
+    cu_seqlens: Int64[np.ndarray, "boundary"]
+    """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
+
+
+class Store:
+    """An open store; samples are numbered in order of shard and position.
+
+    Safe for reading from several threads. Pickles as its path, so that a loader's worker process opens its own.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.path = root
+        self.manifest: Manifest = read_manifest(root)
+        self.samples = SampleTable(root)
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._sized: set[int] = set()
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+        return Store, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __repr__(self) -> str:
+        return f"<Store {self.path}: {len(self)} samples, {len(self.spec.layers)} layers>"
+
+    @property
+    def spec(self) -> KVSpec:
+        """Geometry of what is stored."""
+        return self.manifest.spec
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Folder with the tokenizer the token ids belong to, None when it was not kept."""
+        folder = self.path / TOKENIZER
+        return folder if folder.is_dir() else None
+
+    def read(self, sample_indices: Sequence[int], layers: Sequence[int] | None = None) -> KVBatch:
+        """Read samples, decoded to float32.
+
+        Args:
+            sample_indices: each from 0 to len(store) - 1; order and repeats are kept.
+            layers: teacher layer numbers in the order wanted; None for all, () for token ids only.
+
+        Raises:
+            IndexError: no such sample.
+            ValueError: no such layer, or layers of different head dims, which fit no one array.
+            CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
+        """
+        indices = [int(index) for index in sample_indices]
+        outside = [index for index in indices if not 0 <= index < len(self)]
+        if outside:
+            raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.path})")
+        wanted = self.spec.layer_numbers if layers is None else tuple(layers)
+        for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._sized):
+            self._verify_sizes(shard)
+        spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
+        pending = {
+            (group.path, kind): self._request(f"{group.path}/{group.array(kind)}", spans, slots)
+            for group, slots in self._slots(wanted)
+            for kind in KINDS
+        }
+        tokens = self._request("input_ids", spans, None)
+        try:
+            codes = {where: np.asarray(future.result()) for where, future in pending.items()}
+            input_ids = np.asarray(tokens.result(), dtype=np.int32)
+        except ValueError as error:
+            raise self._explain(error, indices) from error
+        cu_seqlens = np.concatenate([[0], np.cumsum([length for _, length in spans], dtype=np.int64)]).astype(np.int64)
+        self._verify_tokens(indices, input_ids, cu_seqlens)
+        return KVBatch(
+            layers=wanted,
+            key=self._assemble("key", wanted, codes, len(input_ids)),
+            value=self._assemble("value", wanted, codes, len(input_ids)),
+            input_ids=input_ids,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _slots(self, layers: Sequence[int]) -> list[tuple[Group, list[int]]]:
+        """The groups that hold these layers, each with its slots in increasing order."""
+        found: dict[str, tuple[Group, set[int]]] = {}
+        for layer in layers:
+            group, slot = self.manifest.group_of(layer)
+            found.setdefault(group.path, (group, set()))[1].add(slot)
+        return [(group, sorted(slots)) for group, slots in found.values()]
+
+    def _request(self, array: str, spans: Sequence[tuple[int, int]], slots: list[int] | None) -> Any:
+        """Start one read of all spans of one array."""
+        view = self._open(array.lstrip("/"))
+        axis = 0
+        if slots is not None:
+            axis = 1
+            whole = slots == list(range(view.shape[0]))
+            view = view if whole else view[np.array(slots)]
+        if not spans:
+            return view[(slice(None),) * axis + (slice(0, 0),)].read()
+        parts = [view[(slice(None),) * axis + (slice(start, start + length),)] for start, length in spans]
+        return (parts[0] if len(parts) == 1 else ts.concat(parts, axis=axis)).read()
+
+    def _open(self, array: str) -> ts.TensorStore:
+        if array not in self._arrays:
+            self._arrays[array] = open_array(self.path / ARRAYS / array, context=self._context)
+        return self._arrays[array]
+
+    def _assemble(self, kind: Kind, layers: Sequence[int], codes: dict[Any, np.ndarray], num_tokens: int) -> np.ndarray:
+        """Decode, and put the layers of all groups in the order asked for."""
+        if not layers:
+            return np.zeros((0, num_tokens, 0, 0), dtype=np.float32)
+        decoded: dict[int, np.ndarray] = {}
+        for group, slots in self._slots(layers):
+            mean, step = self._constants.get((group.path, kind), (None, None))
+            values = codecs.decode(
+                group.quantizer(kind),
+                codes[group.path, kind],
+                None if mean is None else mean[slots],
+                None if step is None else step[slots],
+            )
+            decoded.update({group.layers[slot]: values[row] for row, slot in enumerate(slots)})
+            if tuple(group.layers[slot] for slot in slots) == tuple(layers):
+                return values
+        shapes = {layer: decoded[layer].shape[1:] for layer in layers}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"layers: {kind} heads and dims differ {shapes}; read layers of one geometry at a time")
+        return np.stack([decoded[layer] for layer in layers])
+
+    @cached_property
+    def _constants(self) -> dict[tuple[str, Kind], tuple[np.ndarray, np.ndarray]]:
+        """Mean and step of every quantised array, verified against the manifest."""
+        root = zarr.open_group(self.path / ARRAYS, mode="r")
+        constants: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
+        for group in self.manifest.groups:
+            node = root[group.path] if group.path else root
+            assert isinstance(node, zarr.Group)
+            for kind in KINDS:
+                if group.quantizer(kind) is not None:
+                    mean, step = (np.asarray(node[f"{kind}_{name}"][...]) for name in ("mean", "step"))  # type: ignore[index]  # zarr types a member as array or group
+                    constants.setdefault(group.path, {})[kind] = (mean, step)
+        actual = calibration_fingerprint(constants)
+        if actual != self.manifest.calibration:
+            raise CorruptShardError(
+                f"calibration: mean and step arrays hash to {actual}, the manifest says {self.manifest.calibration} "
+                f"({self.path / ARRAYS}); the store is damaged, extract again"
+            )
+        return {(path, kind): pair for path, kinds in constants.items() for kind, pair in kinds.items()}
+
+    @property
+    def calibration(self) -> dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]]:
+        """Mean and step arrays by group path and kind, as the writer wants them."""
+        nested: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
+        for (path, kind), pair in self._constants.items():
+            nested.setdefault(path, {})[kind] = pair
+        return nested
+
+    def _verify_sizes(self, shard: int) -> None:
+        """Compare a shard's files with its commit record when it is first touched: missing, truncated or foreign ones."""
+        commit = read_commit(self.path, shard)
+        if commit.signal != self.manifest.signal_fingerprint:
+            raise CorruptShardError(
+                f"shard {shard}: committed for signal {commit.signal[:12]}, the store is "
+                f"{self.manifest.signal_fingerprint[:12]} ({self.path}); the shard is of another run, extract again"
+            )
+        for stored in commit.objects:
+            file = self.path / stored.path
+            size = file.stat().st_size if file.is_file() else None
+            if size != stored.size_bytes:
+                raise CorruptShardError(
+                    f"shard {shard}: {stored.path} has {'no file' if size is None else f'{size} bytes'}, expected "
+                    f"{stored.size_bytes} bytes ({self.path}); the shard is missing or damaged, restore it or extract again"
+                )
+        self._sized.add(shard)
+
+    def _verify_tokens(self, indices: Sequence[int], input_ids: np.ndarray, cu_seqlens: np.ndarray) -> None:
+        for position, index in enumerate(indices):
+            tokens = input_ids[cu_seqlens[position] : cu_seqlens[position + 1]]
+            actual, expected = token_crc32c(tokens), int(self.samples.crc32c[index])
+            if actual != expected:
+                raise CorruptShardError(
+                    f"shard {self.samples.shard[index]}, sample {index} (id {self.samples.ids[index][:12]}): token ids have "
+                    f"crc32c {actual:#010x}, expected {expected:#010x} ({self.path}); the shard is not the one committed"
+                )
+
+    def _explain(self, error: ValueError, indices: Sequence[int]) -> CorruptShardError:
+        """Name the shards and samples a native read failed on."""
+        shards = sorted({int(self.samples.shard[index]) for index in indices})
+        return CorruptShardError(
+            f"shard {', '.join(map(str, shards))}, samples {list(indices)[:8]}: reading failed ({error}) ({self.path}); "
+            "the data is damaged, do not train on it"
+        )
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a store for reading.
+
+    Raises:
+        StoreNotFoundError: there is none.
+        StoreFormatError: its records are damaged or of another schema version.
+    """
+    return Store(Path(path).expanduser())

@@ -1,0 +1,164 @@
+"""Small real stores for tests, written by the real writer from seeded random numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from kvstore.arrays import Calibration, calibration_fingerprint
+from kvstore.codec import ChannelMoments, codec_named, fit_quantizer
+from kvstore.commits import SampleRow, sample_id, token_crc32c
+from kvstore.manifest import KINDS, Kind, Layout, Manifest, plan_chunk_tokens, plan_groups, plan_shard_tokens
+from kvstore.samples import compact
+from kvstore.spec import Dtype, KVSpec, LayerSpec, RopeSpec
+from kvstore.writer import ShardWriter, create_store
+
+ROPE = RopeSpec(kind="half", inv_freq=(1.0, 0.1, 0.01, 0.001))
+
+
+def small_spec(num_layers: int = 3, num_kv_heads: int = 2, dim: int = 8, dtype: Dtype = "float32") -> KVSpec:
+    return KVSpec(
+        layers=tuple(
+            LayerSpec(layer=layer, num_kv_heads=num_kv_heads, key_dim=dim, value_dim=dim, rope=0)
+            for layer in range(num_layers)
+        ),
+        ropes=(ROPE,),
+        dtype=dtype,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What went into a store: token ids, and {layer: (key, value)} of every sample, [token, kv_head, dim]."""
+
+    spec: KVSpec
+    input_ids: list[np.ndarray]
+    kv: list[dict[int, tuple[np.ndarray, np.ndarray]]]
+
+
+def random_source(spec: KVSpec, lengths: Sequence[int], seed: int = 0) -> Source:
+    """Gaussian keys and values with a loud mean on keys, as Qwen2's key bias gives them."""
+    rng = np.random.default_rng(seed)
+    dtype = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
+
+    def draw(length: int, heads: int, dim: int, mean: float) -> np.ndarray:
+        return np.asarray((rng.normal(size=(length, heads, dim)) + mean).astype(dtype))
+
+    return Source(
+        spec=spec,
+        input_ids=[rng.integers(0, 256, size=length, dtype=np.int32) for length in lengths],
+        kv=[
+            {
+                layer.layer: (
+                    draw(length, layer.num_kv_heads, layer.key_dim, 5.0 + layer.layer),
+                    draw(length, layer.num_kv_heads, layer.value_dim, 0.0),
+                )
+                for layer in spec.layers
+            }
+            for length in lengths
+        ],
+    )
+
+
+def calibrate(source: Source, codec: str) -> Calibration:
+    calibration: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
+    for group in plan_groups(source.spec, codec_named(codec)):
+        for index, kind in enumerate(KINDS):
+            quantizer = group.quantizer(kind)
+            if quantizer is None:
+                continue
+            fits = []
+            for layer in group.layers:
+                moments = ChannelMoments.zeros(group.num_kv_heads, group.dim(kind))
+                for sample in source.kv:
+                    moments.add(sample[layer][index])
+                fits.append(fit_quantizer(quantizer, moments))
+            calibration.setdefault(group.path, {})[kind] = (np.stack([m for m, _ in fits]), np.stack([s for _, s in fits]))
+    return calibration
+
+
+def begin_store(
+    root: Path, source: Source, codec: str = "mix", signal: dict[str, object] | None = None, tokenizer: Path | None = None
+) -> tuple[Manifest, Calibration, list[list[int]]]:
+    """Create the empty store; returns its manifest, calibration and the samples of each shard."""
+    lengths = [len(ids) for ids in source.input_ids]
+    calibration = calibrate(source, codec)
+    groups = plan_groups(source.spec, codec_named(codec))
+    chunk = plan_chunk_tokens(lengths)
+    shard_tokens = plan_shard_tokens(lengths, chunk, groups)
+    tasks: list[list[int]] = [[]]
+    used = 0
+    for index, length in enumerate(lengths):
+        padded = -(-length // chunk) * chunk
+        if used + padded > shard_tokens:
+            tasks.append([])
+            used = 0
+        tasks[-1].append(index)
+        used += padded
+    manifest = Manifest(
+        spec=source.spec,
+        layout=Layout(chunk_tokens=chunk, shard_tokens=shard_tokens, num_shards=len(tasks)),
+        groups=groups,
+        alignment=None,
+        calibration=calibration_fingerprint(calibration),
+        signal={"weights": "test", "codec": codec, **(signal or {})},
+        data={"samples": [sample_id(ids) for ids in source.input_ids]},
+        created="2026-01-01T00:00:00+00:00",
+        kvpipe_version="0.1.0",
+    )
+    create_store(root, manifest, calibration, tokenizer)
+    return manifest, calibration, tasks
+
+
+def write_shard(
+    root: Path,
+    source: Source,
+    manifest: Manifest,
+    calibration: Calibration,
+    shard: int,
+    indices: Sequence[int],
+    documents: Sequence[str] | None = None,
+    texts: Sequence[str] | None = None,
+) -> None:
+    writer = ShardWriter(root, manifest, calibration, shard)
+    offset, rows = 0, []
+    for index in indices:
+        ids = source.input_ids[index]
+        writer.put_tokens(offset, ids)
+        for layer, (key, value) in source.kv[index].items():
+            writer.put(layer, offset, key, value)
+        rows.append(
+            SampleRow(
+                id=sample_id(ids),
+                source=documents[index] if documents else f"document-{index}",
+                shard=shard,
+                token_start=shard * manifest.layout.shard_tokens + offset,
+                num_tokens=len(ids),
+                crc32c=token_crc32c(ids),
+                count=1,
+                text=texts[index] if texts else f"text of {index}",
+            )
+        )
+        offset += -(-len(ids) // manifest.layout.chunk_tokens) * manifest.layout.chunk_tokens
+    writer.commit(rows)
+
+
+def write_store(
+    root: Path,
+    source: Source,
+    codec: str = "mix",
+    documents: Sequence[str] | None = None,
+    texts: Sequence[str] | None = None,
+    signal: dict[str, object] | None = None,
+    tokenizer: Path | None = None,
+) -> Path:
+    """A whole committed and compacted store of these samples."""
+    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer)
+    for shard, indices in enumerate(tasks):
+        write_shard(root, source, manifest, calibration, shard, indices, documents, texts)
+    compact(root)
+    return root
