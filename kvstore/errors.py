@@ -1,7 +1,7 @@
 """Errors of the store. One class for each decision a caller can take; all are `KVStoreError`."""
 
 
-class KVStoreError(Exception):
+class KVStoreError(ValueError):
     """Anything a user or a disk can do to a store; the message says what is wrong, got, expected, where and what next."""
 
 

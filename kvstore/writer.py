@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from kvstore import codec as codecs
 from kvstore.arrays import UNWRITTEN_TOKEN, Calibration, chunk_bytes, create_arrays, fill_value, open_array
@@ -90,7 +90,13 @@ class ShardWriter:
         }
         self._used_tokens = 0
 
-    def put(self, layer: int, offset: int, key: Values, value: Values) -> None:
+    def put(
+        self,
+        layer: int,
+        offset: int,
+        key: Float[np.ndarray, "token kv_head key_dim"],
+        value: Float[np.ndarray, "token kv_head value_dim"],
+    ) -> None:
         """Encode keys and values of one sample in one layer at a token offset inside the shard.
 
         Raises:

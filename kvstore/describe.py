@@ -1,0 +1,50 @@
+"""What is in a store, as one plain record for people and scripts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvstore.reader import Store
+from kvstore.spec import format_layers
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """Everything `kvpipe inspect` shows; sizes in bytes, fidelity as measured on the data written."""
+    manifest, summary = store.manifest, store.samples.summary
+    tokens = int(np.sum(summary["num_tokens"].to_numpy()))
+    stored_bytes = int(np.sum(summary["stored_bytes"].to_numpy()))
+    committed = len(summary)
+    return {
+        "path": str(store.path),
+        "created": manifest.created,
+        "kvpipe_version": manifest.kvpipe_version,
+        "complete": committed == manifest.layout.num_shards,
+        "shards": {"committed": committed, "planned": manifest.layout.num_shards},
+        "samples": len(store),
+        "tokens": tokens,
+        "stored_bytes": stored_bytes,
+        "bytes_per_token": stored_bytes / tokens if tokens else None,
+        "bits_per_value": 8 * stored_bytes / (tokens * store.spec.values_per_token) if tokens else None,
+        "layers": format_layers(store.spec.layer_numbers),
+        "groups": [
+            {
+                "path": f"kv.zarr/{group.path}".rstrip("/"),
+                "layers": format_layers(group.layers),
+                "num_kv_heads": group.num_kv_heads,
+                "key_dim": group.key_dim,
+                "value_dim": group.value_dim,
+                "codec": group.codec,
+            }
+            for group in manifest.groups
+        ],
+        "key_domain": store.spec.key_domain,
+        "dtype": store.spec.dtype,
+        "chunk_tokens": manifest.layout.chunk_tokens,
+        "shard_tokens": manifest.layout.shard_tokens,
+        "alignment": manifest.alignment
+        and {name: manifest.alignment[name] for name in ("layer_map", "layer_map_name", "baked")},
+        "fingerprints": {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint},
+        "fidelity": store.samples.fidelity() if committed else {},
+    }

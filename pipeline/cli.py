@@ -1,0 +1,247 @@
+"""The command line. Parses first and imports what is heavy inside the commands, so that `kvpipe --help` is instant.
+
+Results go to stdout, progress and messages to stderr. Exit status: 0 fine, 1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+_CONFIG_OPTIONS = (
+    click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file with a table of settings."),
+    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting by name; repeat for more."),
+)
+
+
+def _with_options(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    return lambda function: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal, without spoiling a result on stdout."""
+    click.echo(text, err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="kvpipe")
+def cli() -> None:
+    """Run a teacher once, keep its attention keys and values, train any student from them.
+
+    \b
+    kvpipe demo                                            the whole story on this machine, no download
+    kvpipe extract --teacher qwen2-7b                      text -> store (a preset knows data, folder and size)
+    kvpipe inspect qwen2-7b-kv                             what is in it; any Zarr tool opens qwen2-7b-kv/kv.zarr
+    kvpipe train --store qwen2-7b-kv --student qwen2-0.5b  store -> student, no teacher in memory
+    """
+
+
+@cli.command()
+@click.option("--teacher", help="Preset (see --list), Hugging Face id, or folder with safetensors.")
+@click.option(
+    "--data", multiple=True, help="Text files or globs, .jsonl[.gz|.zst], .parquet, datasets folder, or hub id[:config]."
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the store; run again to resume.")
+@click.option("--student", help="Bake the alignment to this student: preset, id, folder or config file.")
+@click.option("--layers", help="'all' or a list like 0,4,8-11 or -1. Student layers when --student is given.")
+@click.option("--codec", help="raw, q8 or mix (default): about 12, 6.5, 3.6 bits per value.")
+@click.option("--seq-len", type=int, help="Longest sample in tokens [2048].")
+@click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [8192].")
+@click.option("--dtype", help="float32, float16, bfloat16 or auto, the checkpoint's own [auto].")
+@click.option("--device", help="cpu, cuda, cuda:1 ... or auto [auto].")
+@click.option("--workers", type=int, help="Ray workers, one teacher each; 0 runs in this process [0].")
+@click.option("--ray-address", help="A running Ray cluster, for instance 'auto'.")
+@click.option("--text-field", help="Field of a row that holds the text [text].")
+@click.option("--split", help="Split of a data set [train].")
+@click.option("--limit", type=int, help="Most samples to store.")
+@click.option("--max-tokens", type=int, help="Most tokens to store; 0 for no limit [presets: 1,000,000].")
+@click.option("--max-bytes", type=int, help="Begin no shard that could take the store beyond this.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--seed", type=int, help="Shuffle the documents before limits apply.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--list", "list_presets", is_flag=True, help="List the teacher presets and exit.")
+@_with_options(_CONFIG_OPTIONS)
+def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_presets: bool, **flags: Any) -> None:
+    """Run a teacher over text and store its keys and values.
+
+    The same command again resumes where it was stopped. With other settings on the same --out it refuses and names what differs.
+    """
+    from pipeline.models import presets
+
+    if list_presets:
+        click.echo("\n".join(presets.teacher_preset_names()))
+        return
+    from pipeline.config import ExtractConfig, load_config
+
+    defaults: dict[str, Any] = {}
+    preset = presets.teacher_preset(flags["teacher"]) if flags["teacher"] else None
+    if preset is not None:
+        defaults = {"data": (preset.data,), "out": preset.out, "max_tokens": preset.max_tokens}
+    chosen = load_config(ExtractConfig, "extract", config, settings, flags)
+    missing = {name: value for name, value in defaults.items() if getattr(chosen, name) in (None, ())}
+    chosen = ExtractConfig.model_validate({**chosen.model_dump(), **missing})
+    if not chosen.data or chosen.out is None:
+        raise click.UsageError("--data and --out are needed for a teacher that is not a preset; see kvpipe extract --list")
+    if preset is not None and "max_tokens" in missing:
+        say(
+            f"{preset.name}: at most {preset.max_tokens:,} tokens of {', '.join(chosen.data)} into {chosen.out}; --max-tokens asks for more"
+        )
+
+    from pipeline.models.load import resolve_model
+
+    resolved = resolve_model(chosen.teacher, chosen.revision)
+    from pipeline.executors import ExecutorError
+    from pipeline.extract import extract as run_extract
+
+    try:
+        summary = run_extract(chosen, resolved, say)
+    except ExecutorError as error:
+        raise click.ClickException(str(error)) from error
+    _print_record(dataclasses.asdict(summary), as_json)
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(store: Path, as_json: bool) -> None:
+    """Show what is in a store, in one screen."""
+    from kvstore import open_store
+    from kvstore.describe import describe
+
+    record = describe(open_store(store))
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+    else:
+        _print_description(record)
+
+
+@cli.command()
+@click.option("--store", type=click.Path(path_type=Path), help="Folder of the store.")
+@click.option("--student", help="Preset, Hugging Face id, folder, or a TOML/JSON file with a fresh config.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.")
+@click.option("--steps", type=int, help="Optimizer steps [1000].")
+@click.option("--batch-size", type=int, help="Samples in a step [16].")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--kv-weight", type=float, help="Weight of the KV loss while it is on [1].")
+@click.option("--ce-only", is_flag=True, default=None, help="Cross-entropy alone: the same run without the teacher's KV.")
+@click.option("--seed", type=int, help="Initialisation and data order [0].")
+@click.option("--resume", is_flag=True, default=None, help="Continue the run in --out from its last checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_with_options(_CONFIG_OPTIONS)
+def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Train a student from a store, with no teacher in memory.
+
+    The trained student in OUT/model loads with transformers' AutoModelForCausalLM where kvpipe is not installed.
+    """
+    from pipeline.config import load_config
+    from training.config import TrainConfig
+
+    chosen = load_config(TrainConfig, "train", config, settings, flags)
+    from training.trainer import run_training
+
+    summary = run_training(chosen)
+    _print_record(dataclasses.asdict(summary), as_json)
+
+
+@cli.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("kvpipe-demo"), show_default=True)
+@click.option("--workers", type=int, default=2, show_default=True, help="Ray workers of the extraction.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Initialisation and data order of the students.")
+def demo(out: Path, workers: int, seed: int) -> None:
+    """The whole story on this machine: teacher, store, and two students, one with the teacher's KV and one without.
+
+    Needs no download: the text is the source of Python's standard library. The trained teacher is kept for the next time.
+    """
+    from pipeline.demo import run_demo
+
+    run_demo(out, workers=workers, seed=seed, say=say)
+
+
+def _print_record(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(record, default=str))
+        return
+    width = max(map(len, record))
+    for name, value in record.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        click.echo(f"{name:{width}}  {shown}")
+
+
+def _print_description(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    state = "complete" if record["complete"] else "NOT COMPLETE: run the same extract command again"
+    console.print(f"[bold]{record['path']}[/]  {state}", highlight=False)
+    size = record["stored_bytes"]
+    lines = {
+        "samples": f"{record['samples']:,} ({record['tokens']:,} tokens)",
+        "size": f"{size / 1e6:,.1f} MB"
+        + (
+            f", {record['bytes_per_token']:,.0f} bytes per token, {record['bits_per_value']:.2f} bits per value" if size else ""
+        ),
+        "shards": f"{record['shards']['committed']} of {record['shards']['planned']}, "
+        f"{record['shard_tokens']:,} tokens each in chunks of {record['chunk_tokens']}",
+        "keys": f"{record['key_domain'].replace('_', '-')}, captured as {record['dtype']}",
+        "alignment": _alignment_line(record["alignment"]),
+        "signal": record["fingerprints"]["signal"][:16],
+        "data": record["fingerprints"]["data"][:16],
+        "created": f"{record['created']} by kvpipe {record['kvpipe_version']}",
+    }
+    for name, text in lines.items():
+        console.print(f"  {name:10} {text}", highlight=False)
+    table = Table("array group", "layers", "kv heads", "key dim", "value dim", "codec")
+    for group in record["groups"]:
+        table.add_row(*(str(value) for value in group.values()))
+    console.print(table)
+    if record["fidelity"]:
+        fidelity = Table("layer", "key error", "key clipped", "key bits", "value error", "value clipped", "value bits")
+        for layer, kinds in record["fidelity"].items():
+            cells = [
+                text
+                for kind in ("key", "value")
+                for text in (
+                    f"{kinds[kind]['centred_error']:.4f}",
+                    f"{kinds[kind]['saturation']:.1e}",
+                    f"{kinds[kind]['bits']:.2f}",
+                )
+            ]
+            fidelity.add_row(layer, *cells)
+        console.print(fidelity)
+        console.print("  error: root mean square, relative to the values without their mean; measured on the data written")
+
+
+def _alignment_line(alignment: dict[str, Any] | None) -> str:
+    if alignment is None:
+        return "none: the teacher's own geometry, to be aligned to any student at load"
+    pairs = ", ".join(f"{student}<-{teacher}" for student, teacher in alignment["layer_map"])
+    return f"{'baked' if alignment['baked'] else 'recorded'}, {alignment['layer_map_name']}, student<-teacher layers {pairs}"
+
+
+def main() -> None:
+    """Entry point of `kvpipe`: turns expected errors into one readable message."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted; what is committed is kept, and the same command goes on from there")
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

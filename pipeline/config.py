@@ -1,0 +1,109 @@
+"""Settings of an extraction, and how settings are put together from a TOML file, `--set` and flags.
+
+Knows no torch and no store: parsing comes before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+
+
+class ExtractConfig(pydantic.BaseModel):
+    """One extraction: teacher, data and where the store goes."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    teacher: str
+    """Preset name, Hugging Face id, or a local folder with safetensors."""
+    data: tuple[str, ...] = ()
+    """Text files or globs, .jsonl/.parquet files, a `datasets` folder, or a hub id as 'org/name' or 'org/name:config'."""
+    out: Path | None = None
+    """Folder of the store; a preset names a default."""
+    student: str | None = None
+    """Preset, id, folder or config file of a student: bakes its alignment, so the store is smaller and fits only it."""
+    layers: str | None = None
+    """'all', or a list such as '0,4,8-11' or '-1'. Teacher layers of a raw store, student layers of a baked one."""
+    layer_map: Literal["last_aligned", "uniform"] = "last_aligned"
+    """Which teacher layer a student layer takes when a student is named."""
+    codec: str = "mix"
+    """raw, q8 or mix: about 12, 6.5 and 3.6 bits per value."""
+    seq_len: int = pydantic.Field(2048, ge=2)
+    """Longest sample in tokens; longer documents are cut into consecutive samples. At most the teacher's positions."""
+    batch_tokens: int = pydantic.Field(8192, ge=1)
+    """Padded tokens of one forward pass; a longer sample runs alone."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Type the teacher computes in; auto is the checkpoint's own."""
+    device: str = "auto"
+    """'cpu', 'cuda', 'cuda:1' ...; auto takes a GPU when there is one."""
+    workers: int = pydantic.Field(0, ge=0)
+    """Ray workers, each with a teacher of its own; 0 runs in this process."""
+    ray_address: str | None = None
+    """Ray cluster to use, for instance 'auto'; without it a local one is started."""
+    text_field: str = "text"
+    """Field of a row that holds the text."""
+    split: str = "train"
+    """Split of a data set that has several."""
+    limit: int | None = pydantic.Field(None, ge=1)
+    """Most samples to store."""
+    max_tokens: int | None = pydantic.Field(None, ge=0)
+    """Most tokens to store; 0 is no limit. A preset's default is 1,000,000."""
+    max_bytes: int | None = pydantic.Field(None, ge=1)
+    """No further shard is begun when the store could grow beyond this."""
+    revision: str | None = None
+    """Branch, tag or commit of the teacher on the hub."""
+    seed: int | None = None
+    """Shuffle the documents with this seed before limits apply; without it they keep their order."""
+    keep_text: bool = True
+    """Store each sample's text beside it, so that students with another tokenizer can be aligned later."""
+
+
+Config = TypeVar("Config", bound=pydantic.BaseModel)
+
+
+def load_config(
+    model: type[Config], section: str, file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]
+) -> Config:
+    """Put a config together: the file's table, then `--set name=value`, then flags; the later wins.
+
+    Raises:
+        ValueError: the file, a setting or the result is wrong; every problem is listed with its field.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        merged.update(_read_table(file, section))
+    for setting in settings:
+        merged.update([_parse_setting(setting, section)])
+    merged.update({name: value for name, value in flags.items() if value is not None and value != ()})
+    try:
+        return model.model_validate(merged)
+    except pydantic.ValidationError as error:
+        problems = [f"  {'.'.join(map(str, problem['loc'])) or section}: {problem['msg']}" for problem in error.errors()]
+        known = ", ".join(model.model_fields)
+        raise ValueError("settings:\n" + "\n".join(problems) + f"\nknown settings are: {known}") from None
+
+
+def _read_table(file: Path, section: str) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"--config: {file} cannot be read as TOML: {error}") from None
+    table = document.get(section)
+    if not isinstance(table, dict):
+        raise ValueError(f"--config: {file} has no table [{section}]; it has {', '.join(document) or 'nothing'}")
+    return table
+
+
+def _parse_setting(setting: str, section: str) -> tuple[str, Any]:
+    name, equals, text = setting.partition("=")
+    if not equals:
+        raise ValueError(f"--set: got {setting!r}, expected name=value, for instance --set {section}.seed=1")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return name.removeprefix(f"{section}."), value

@@ -1,0 +1,245 @@
+"""Text to samples: reads documents from files, `datasets` folders or the hub, tokenises them and cuts them to length.
+
+Knows tokenizers and rows; knows neither the teacher nor the store's layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from kvstore.commits import sample_id
+
+_ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_SHUFFLE_BUFFER = 10_000
+_TOKENIZE_AT_ONCE = 64
+MIN_SAMPLE_TOKENS = 2
+"""A sample of one token predicts nothing."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A text with its origin."""
+
+    source: str
+    """File, or file and row: pieces of one document share it."""
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A piece of a document, tokenised."""
+
+    id: str
+    source: str
+    input_ids: Int32[np.ndarray, "token"]
+    text: str | None
+    count: int
+    """How often the data had exactly these tokens; they are stored once."""
+
+
+def read_documents(data: Sequence[str], text_field: str = "text", split: str = "train") -> Iterator[Document]:
+    """Read the documents of every part of `data` in order.
+
+    Raises:
+        ValueError: a part does not exist, cannot be read, or has no such text field; the part is named.
+    """
+    for part in data:
+        yield from _read_part(part, text_field, split)
+
+
+def _read_part(part: str, text_field: str, split: str) -> Iterator[Document]:
+    path = Path(part).expanduser()
+    if path.is_dir():
+        yield from _documents(part, _dataset_folder_rows(path, split), text_field)
+    elif path.is_file():
+        yield from _read_file(path, text_field)
+    elif glob.has_magic(part):
+        files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not files:
+            raise ValueError(
+                f"--data: no file matches {part!r}; quote the pattern, and mind that '**' is needed for subfolders"
+            )
+        for file in files:
+            yield from _read_file(Path(file), text_field)
+    elif _HUB_ID.fullmatch(part) and not part.endswith((*_ROW_SUFFIXES, ".parquet", ".txt", ".md", ".py")):
+        yield from _documents(part, _hub_rows(part, split), text_field)
+    else:
+        raise ValueError(f"--data: {part} does not exist; expected a file, a glob, a datasets folder or a hub id like org/name")
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[Document]:
+    if path.name.endswith(_ROW_SUFFIXES):
+        yield from _documents(str(path), _json_rows(path), text_field)
+    elif path.suffix == ".parquet":
+        yield from _documents(str(path), _parquet_rows(path), text_field)
+    else:
+        try:
+            yield Document(source=str(path), text=path.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--data: {path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from None
+
+
+def _documents(name: str, rows: Iterable[Mapping[str, Any]], text_field: str) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        text = row.get(text_field)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"--text-field: row {number} of {name} has no text in {text_field!r}; its fields are {', '.join(row) or 'none'}"
+            )
+        yield Document(source=f"{name}:{number}", text=text)
+
+
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import fsspec
+
+    try:
+        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
+            for number, line in enumerate(file):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"line {number + 1} is not an object")
+                    yield row
+    except (EOFError, OSError, ValueError, _zstd_error()) as error:
+        raise ValueError(f"--data: {path} is not complete JSON lines: {error}; repair it or leave it out") from error
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"--data: {path} is not readable parquet: {error}; repair it or leave it out") from error
+
+
+def _dataset_folder_rows(path: Path, split: str) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except FileNotFoundError:
+        raise ValueError(
+            f"--data: {path} was not saved by datasets' save_to_disk; for the text files in it give a glob like '{path}/**/*.txt'"
+        ) from None
+    yield from _split_of(loaded, split, str(path))
+
+
+def _split_of(loaded: Any, split: str, name: str) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"--split: got {split!r}, but {name} has {', '.join(loaded)}")
+        loaded = loaded[split]
+    rows: Iterable[Mapping[str, Any]] = loaded
+    return rows
+
+
+def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
+    import datasets
+    import huggingface_hub
+
+    repo, _, config = name.partition(":")
+    try:
+        yield from datasets.load_dataset(repo, config or None, split=split, streaming=True)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ValueError(
+            f"--data: the hub data set {repo!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "check its name and split and the connection, or give local files with --data FILE"
+        ) from error
+
+
+def shuffled(documents: Iterable[Document], seed: int, buffer: int = _SHUFFLE_BUFFER) -> Iterator[Document]:
+    """Shuffle through a buffer of documents: a whole shuffle when there are fewer, in bounded memory when there are more."""
+    key = int.from_bytes(hashlib.sha256(f"documents {seed}".encode()).digest()[:16], "little")
+    raw = np.random.Philox(key=key)  # only raw output is frozen across numpy versions (NEP 19)
+    held: list[Document] = []
+    for document in documents:
+        if len(held) < buffer:
+            held.append(document)
+            continue
+        slot = int(raw.random_raw()) % buffer
+        yield held[slot]
+        held[slot] = document
+    yield from (held[slot] for slot in np.argsort(raw.random_raw(len(held)), kind="stable"))
+
+
+def make_samples(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    keep_text: bool = True,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[Sample]:
+    """Tokenise documents, cut them into consecutive samples of at most `seq_len` tokens, and merge equal ones.
+
+    Stops at `limit` samples or before `max_tokens` tokens are exceeded. Pieces of a single token are left out.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        progress: told the tokens added, now and then.
+
+    Raises:
+        ValueError: nothing is left to store.
+    """
+    found: dict[str, Sample] = {}
+    tokens = 0
+    for source, input_ids, text in _pieces(documents, tokenizer, seq_len):
+        identity = sample_id(input_ids)
+        if identity in found:
+            found[identity] = dataclasses.replace(found[identity], count=found[identity].count + 1)
+            continue
+        if max_tokens and tokens + len(input_ids) > max_tokens:
+            break
+        found[identity] = Sample(id=identity, source=source, input_ids=input_ids, text=text if keep_text else None, count=1)
+        tokens += len(input_ids)
+        progress(len(input_ids))
+        if limit is not None and len(found) >= limit:
+            break
+    if not found:
+        raise ValueError(
+            "--data: no sample of at least two tokens; the documents are empty, or --max-tokens is below one sample"
+        )
+    return list(found.values())
+
+
+def _pieces(
+    documents: Iterable[Document], tokenizer: Any, seq_len: int
+) -> Iterator[tuple[str, Int32[np.ndarray, "token"], str]]:
+    remaining = iter(documents)
+    while batch := list(itertools.islice(remaining, _TOKENIZE_AT_ONCE)):
+        encoded = tokenizer(
+            [document.text for document in batch], return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        for document, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            for start in range(0, len(ids), seq_len):
+                piece = slice(start, start + seq_len)
+                if len(ids[piece]) < MIN_SAMPLE_TOKENS:
+                    continue
+                spans = [(first, last) for first, last in offsets[piece] if last > first]
+                text = document.text[spans[0][0] : spans[-1][1]] if spans else ""
+                yield document.source, np.array(ids[piece], dtype=np.int32), text

@@ -1,0 +1,145 @@
+"""Planning: which samples go into which shard, and which run together in one forward pass.
+
+Pure functions of lengths and settings, so that a resumed or retried run plans exactly the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from kvstore.codec import Codec
+from kvstore.commits import SampleRow, token_crc32c
+from kvstore.manifest import Group, Layout, plan_chunk_tokens, plan_shard_tokens
+from kvstore.spec import KVSpec
+from pipeline.data import Sample
+
+PAD_MULTIPLE = 64
+"""Samples are padded to a multiple of this: what a sample's numbers are depends on the padded length alone."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSample:
+    """One sample of a task and where it goes."""
+
+    row: SampleRow
+    offset: int
+    """First token inside the shard."""
+    input_ids: Int32[np.ndarray, "token"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One shard's worth of samples for one worker."""
+
+    shard: int
+    samples: tuple[TaskSample, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.input_ids) for sample in self.samples)
+
+
+def plan_layout(samples: Sequence[Sample], groups: Sequence[Group]) -> Layout:
+    """Cut the token axis for these samples."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    chunk = plan_chunk_tokens(lengths)
+    shard_tokens = plan_shard_tokens(lengths, chunk, groups)
+    return Layout(
+        chunk_tokens=chunk,
+        shard_tokens=shard_tokens,
+        num_shards=sum(1 for _ in _fill_shards(lengths, chunk, shard_tokens)),
+    )
+
+
+def plan_tasks(samples: Sequence[Sample], layout: Layout) -> list[Task]:
+    """Fill shards with samples in order: each starts on a chunk, none straddles a shard."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    return [
+        Task(
+            shard=shard,
+            samples=tuple(
+                TaskSample(
+                    row=_row(samples[index], shard, shard * layout.shard_tokens + offset),
+                    offset=offset,
+                    input_ids=samples[index].input_ids,
+                )
+                for index, offset in placed
+            ),
+        )
+        for shard, placed in enumerate(_fill_shards(lengths, layout.chunk_tokens, layout.shard_tokens))
+    ]
+
+
+def _fill_shards(lengths: Sequence[int], chunk_tokens: int, shard_tokens: int) -> Iterator[list[tuple[int, int]]]:
+    placed: list[tuple[int, int]] = []
+    used = 0
+    for index, length in enumerate(lengths):
+        padded = -(-length // chunk_tokens) * chunk_tokens
+        if used + padded > shard_tokens:
+            yield placed
+            placed, used = [], 0
+        placed.append((index, used))
+        used += padded
+    yield placed
+
+
+def _row(sample: Sample, shard: int, token_start: int) -> SampleRow:
+    return SampleRow(
+        id=sample.id,
+        source=sample.source,
+        shard=shard,
+        token_start=token_start,
+        num_tokens=len(sample.input_ids),
+        crc32c=token_crc32c(sample.input_ids),
+        count=sample.count,
+        text=sample.text,
+    )
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int, max_positions: int, *, alone: bool = False) -> list[list[int]]:
+    """Group the samples of a task into forward passes: equal padded lengths together, at most `batch_tokens` of them.
+
+    Args:
+        max_positions: the model's limit, which padding must not pass.
+        alone: one sample at a time and unpadded, for RoPE types whose frequencies depend on the longest of a batch.
+    """
+    if alone:
+        return [[index] for index in range(len(lengths))]
+    buckets: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        buckets.setdefault(padded_length(length, max_positions), []).append(index)
+    batches = []
+    for padded, members in sorted(buckets.items()):
+        rows = max(batch_tokens // padded, 1)
+        batches += [members[first : first + rows] for first in range(0, len(members), rows)]
+    return batches
+
+
+def padded_length(length: int, max_positions: int) -> int:
+    """Length a sample is padded to."""
+    return min(-(-length // PAD_MULTIPLE) * PAD_MULTIPLE, max(max_positions, length))
+
+
+def data_record(samples: Sequence[Sample], seq_len: int) -> dict[str, Any]:
+    """Identity of the data of a store: every sample in order, by content."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.id} {sample.count}\n".encode())
+    return {
+        "samples": digest.hexdigest(),
+        "num_samples": len(samples),
+        "num_tokens": sum(len(sample.input_ids) for sample in samples),
+        "seq_len": seq_len,
+    }
+
+
+def estimate_bytes(spec: KVSpec, codec: Codec, num_tokens: int) -> int:
+    """Size of a store before it is written, from the codec's usual bits per value."""
+    scale = {"float32": 2.0}.get(spec.dtype, 1.0) if codec.key is None else 1.0
+    return int(spec.values_per_token * codec.nominal_bits * scale / 8 * num_tokens)

@@ -1,0 +1,201 @@
+"""A worker: one teacher, computing the keys and values of whole tasks and writing their shards itself.
+
+Runs in this process or inside a Ray actor; tensors never leave it, only small records do. Knows no scheduling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from kvstore import open_store
+from kvstore.codec import ChannelMoments
+from kvstore.manifest import KINDS, Kind
+from kvstore.spec import KVSpec
+from kvstore.writer import ShardWriter
+from pipeline.align import Alignment
+from pipeline.models.capture import capture_kv
+from pipeline.models.load import load_causal_lm
+from pipeline.models.probe import probe_causal, probe_kv_spec
+from pipeline.plan import Task, padded_length, plan_batches
+
+SINK_TOKENS = 4
+"""First positions of a sample, which attend to nothing else and whose keys are often extreme; left out of calibration."""
+
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+OnLayer = Callable[[int, int, np.ndarray, np.ndarray], None]
+Moments = dict[tuple[int, Kind], ChannelMoments]
+"""By teacher layer and kind, of what will be stored: after alignment where it is baked."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSource:
+    """Where a worker gets its teacher."""
+
+    path: Path
+    """Local folder with config and safetensors."""
+    dtype: str
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInfo:
+    """What a worker found out about its teacher by running it; all workers of a run must agree."""
+
+    spec: KVSpec
+    """Every layer that has keys and values of its own."""
+    attn_implementation: str
+    max_positions: int
+    num_embeddings: int
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all tasks of a run have in common."""
+
+    root: Path
+    layers: tuple[int, ...]
+    """Teacher layers to capture."""
+    alignment: dict[str, Any] | None
+    """Record of the alignment to bake; None stores the teacher's own geometry."""
+    batch_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """What came of a task."""
+
+    shard: int
+    num_samples: int
+    num_tokens: int
+    stored_bytes: int
+    compute_s: float
+    write_s: float
+
+
+class Worker:
+    """Loads a teacher once, then computes and writes tasks; used by one thread."""
+
+    def __init__(self, source: TeacherSource) -> None:
+        self._model: Any = load_causal_lm(source.path, dtype=source.dtype, device=source.device)
+        probe_causal(self._model)
+        self._spec = probe_kv_spec(self._model)
+        # What calibration computed and has not written yet: those forward passes are kept, not repeated.
+        self._kept: dict[int, list[tuple[int, int, np.ndarray, np.ndarray]]] = {}
+
+    def describe(self) -> TeacherInfo:
+        config = self._model.config.get_text_config()
+        return TeacherInfo(
+            spec=self._spec,
+            attn_implementation=str(config._attn_implementation),
+            max_positions=int(config.max_position_embeddings),
+            num_embeddings=int(self._model.get_input_embeddings().weight.shape[0]),
+            device=str(self._model.device),
+        )
+
+    def calibrate(self, job: Job, task: Task) -> Moments:
+        """Compute a task, keep its numbers for `run`, and return their moments without the sink positions."""
+        stored = self._stored_spec(job)
+        moments: Moments = {}
+        kept = self._kept[task.shard] = []
+
+        def keep(layer: int, offset: int, key: np.ndarray, value: np.ndarray) -> None:
+            kept.append((layer, offset, key, value))
+            for kind, values in zip(KINDS, (key, value), strict=True):
+                geometry = stored.layer(layer)
+                dim = geometry.key_dim if kind == "key" else geometry.value_dim
+                entry = moments.setdefault((layer, kind), ChannelMoments.zeros(geometry.num_kv_heads, dim))
+                entry.add(values[min(SINK_TOKENS, len(values) // 2) :])
+
+        self._compute(job, task, keep)
+        return moments
+
+    def run(self, job: Job, task: Task) -> TaskResult:
+        """Compute a task and commit its shard; a shard that is committed already is not written again."""
+        store = open_store(job.root)
+        writer = ShardWriter(job.root, store.manifest, store.calibration, task.shard)
+        started = time.perf_counter()
+        if task.shard in self._kept:
+            for layer, offset, key, value in self._kept.pop(task.shard):
+                writer.put(layer, offset, key, value)
+        else:
+            self._compute(job, task, writer.put)
+        for sample in task.samples:
+            writer.put_tokens(sample.offset, sample.input_ids)
+        computed = time.perf_counter()
+        commit = writer.commit([sample.row for sample in task.samples])
+        return TaskResult(
+            shard=task.shard,
+            num_samples=len(commit.samples),
+            num_tokens=commit.num_tokens,
+            stored_bytes=commit.stored_bytes,
+            compute_s=computed - started,
+            write_s=time.perf_counter() - computed,
+        )
+
+    def _stored_spec(self, job: Job) -> KVSpec:
+        return self._spec.select(job.layers) if job.alignment is None else Alignment.from_json(job.alignment).stored_spec()
+
+    def _compute(self, job: Job, task: Task, on_layer: OnLayer) -> None:
+        """Run the task's batches; `on_layer(layer, offset, key, value)` gets numpy arrays [token, kv_head, dim]."""
+        alignment = None if job.alignment is None else Alignment.from_json(job.alignment)
+        for rows, input_ids in self._batches(job, task):
+
+            def take(layer: int, key: torch.Tensor, value: torch.Tensor, rows: list[int] = rows) -> None:
+                key, value = key.transpose(1, 2), value.transpose(1, 2)
+                if alignment is not None:
+                    aligned = alignment.project(layer, key, value)
+                    key, value = (tensor.to(self._model.dtype) for tensor in aligned)
+                key_BTHD, value_BTHD = _to_numpy(key), _to_numpy(value)
+                for position, row in enumerate(rows):
+                    sample = task.samples[row]
+                    valid = slice(0, len(sample.input_ids))
+                    on_layer(layer, sample.offset, key_BTHD[position, valid], value_BTHD[position, valid])
+
+            capture_kv(self._model, self._spec, input_ids, layers=job.layers, on_layer=take)
+
+    def _batches(self, job: Job, task: Task) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Right-padded token ids of every forward pass; causal models need no mask for padding behind."""
+        lengths = [len(sample.input_ids) for sample in task.samples]
+        max_positions = int(self._model.config.get_text_config().max_position_embeddings)
+        alone = _batch_dependent_rope(self._model.config)
+        for rows in plan_batches(lengths, job.batch_tokens, max_positions, alone=alone):
+            width = lengths[rows[0]] if alone else padded_length(lengths[rows[0]], max_positions)
+            padded = np.zeros((len(rows), width), dtype=np.int64)
+            for position, row in enumerate(rows):
+                padded[position, : lengths[row]] = task.samples[row].input_ids
+            yield rows, torch.from_numpy(padded).to(self._model.device)
+
+
+def _batch_dependent_rope(config: Any) -> bool:
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    return any(entry.get("rope_type") in _BATCH_DEPENDENT_ROPE for entry in [parameters, *nested])
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(tensor.numpy())
+
+
+def merge_moments(parts: dict[int, Moments]) -> Moments:
+    """Sum the moments of several tasks in task order, so that the sum does not depend on who computed what."""
+    merged: Moments = {}
+    for shard in sorted(parts):
+        for where, moments in parts[shard].items():
+            if where in merged:
+                merged[where].merge(moments)
+            else:
+                merged[where] = dataclasses.replace(moments, sums=moments.sums.copy())
+    return merged

@@ -1,0 +1,576 @@
+"""One test for every numbered sentence of FORMAT.md, with raw access to the files beside the reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from kvstore import (
+    CodecError,
+    CorruptShardError,
+    KVStoreError,
+    LayerSpec,
+    StoreFormatError,
+    StoreNotFoundError,
+    open_store,
+)
+from kvstore.records import canonical_json
+from kvstore.samples import compact
+from tests.stores import Source, begin_store, random_source, small_spec, write_shard, write_store
+
+FORMAT = Path(__file__).parents[2] / "FORMAT.md"
+LENGTHS = [100, 128, 70, 300, 64, 5] * 4
+TESTED: dict[str, str] = {}
+
+
+def rule(*numbers: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        TESTED.update(dict.fromkeys(numbers, function.__name__))
+        return function
+
+    return register
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return random_source(small_spec(), LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def written(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_store(tmp_path_factory.mktemp("format") / "store", source)
+
+
+@pytest.fixture
+def store_path(written: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(written, tmp_path / "store"))
+
+
+def manifest_of(path: Path) -> dict[str, object]:
+    record: dict[str, object] = json.loads((path / "manifest.json").read_text())
+    return record
+
+
+def commit_of(path: Path, shard: int) -> dict[str, object]:
+    record: dict[str, object] = json.loads((path / f"commits/{shard:05d}.json").read_text())
+    return record
+
+
+def reseal(path: Path, **changes: object) -> None:
+    """Change a record and give it a seal that fits, as a writer with a bug would."""
+    record = json.loads(path.read_text())
+    record.pop("sha256")
+    record.update(changes)
+    record["sha256"] = hashlib.sha256(canonical_json(record).encode()).hexdigest()
+    path.write_text(json.dumps(record))
+
+
+def largest_shard_file(path: Path, array: str) -> Path:
+    return max((path / "kv.zarr" / array / "c").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+
+
+def flip_bit(file: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def test_every_numbered_sentence_of_the_format_has_a_test() -> None:
+    numbered = set(re.findall(r"^- \*\*(\d+\.\d+)\*\*", FORMAT.read_text(), flags=re.MULTILINE))
+    assert numbered == set(TESTED)
+
+
+@rule("1.1")
+def test_a_store_has_its_four_parts(written: Path) -> None:
+    assert {entry.name for entry in written.iterdir()} >= {"manifest.json", "kv.zarr", "commits", "samples"}
+
+
+@rule("1.2")
+def test_without_a_manifest_there_is_no_store(store_path: Path) -> None:
+    (store_path / "manifest.json").unlink()
+    with pytest.raises(StoreNotFoundError, match=r"manifest\.json is missing"):
+        open_store(store_path)
+
+
+@rule("1.2")
+def test_a_creation_that_died_before_its_manifest_can_be_repeated(store_path: Path, source: Source) -> None:
+    for part in ("manifest.json", "commits", "samples"):
+        shutil.rmtree(store_path / part) if (store_path / part).is_dir() else (store_path / part).unlink()
+    begin_store(store_path, source)
+    assert len(open_store(store_path)) == 0
+
+
+@rule("1.3")
+def test_the_tokenizer_is_kept_when_given_and_not_needed(written: Path, source: Source, tmp_path: Path) -> None:
+    assert open_store(written).tokenizer_path is None
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    path = write_store(tmp_path / "store", source, tokenizer=tmp_path / "tokenizer")
+    kept = open_store(path).tokenizer_path
+    assert kept is not None
+    assert (kept / "tokenizer.json").read_text() == "{}"
+
+
+@rule("1.4")
+def test_staging_is_invisible_to_readers(store_path: Path) -> None:
+    before = len(open_store(store_path))
+    staged = store_path / ".staging" / "shard-00099-x" / "key"
+    staged.mkdir(parents=True)
+    (staged / "zarr.json").write_text("half a rec")
+    (store_path / ".staging" / "commit-1").write_text('{"shard": 99}')
+    assert len(open_store(store_path)) == before
+
+
+@rule("2.1")
+@pytest.mark.parametrize("name", ["manifest.json", "commits/00000.json"])
+def test_a_changed_record_is_refused(store_path: Path, name: str) -> None:
+    file = store_path / name
+    record = json.loads(file.read_text())
+    body = {key: value for key, value in record.items() if key != "sha256"}
+    assert record["sha256"] == hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    file.write_text(file.read_text().replace("test", "tesu").replace("document-0", "document-9"))
+    with pytest.raises(StoreFormatError, match="changed or damaged"):
+        open_store(store_path).read([0])
+
+
+@rule("2.2")
+def test_another_schema_version_is_refused(store_path: Path) -> None:
+    reseal(store_path / "manifest.json", schema_version=2)
+    with pytest.raises(StoreFormatError, match="schema_version: got 2, expected 1"):
+        open_store(store_path)
+
+
+@rule("2.3")
+def test_the_manifest_has_its_fields_and_a_missing_one_is_named(store_path: Path) -> None:
+    fields = {"spec", "layout", "groups", "alignment", "calibration", "signal", "data", "fingerprints", "created"}
+    assert set(manifest_of(store_path)) == fields | {"kvpipe_version", "schema_version", "sha256"}
+    reseal(store_path / "manifest.json", layout={"chunk_tokens": 64})
+    with pytest.raises(StoreFormatError, match="shard_tokens"):
+        open_store(store_path)
+
+
+@rule("2.4")
+def test_fingerprints_are_hashes_of_their_fields(store_path: Path) -> None:
+    record = manifest_of(store_path)
+    for name in ("signal", "data"):
+        expected = hashlib.sha256(canonical_json(record[name]).encode()).hexdigest()
+        assert record["fingerprints"][name] == expected  # type: ignore[index]  # plain JSON
+    reseal(store_path / "manifest.json", signal={"weights": "others"})
+    with pytest.raises(StoreFormatError, match="fingerprints: got"):
+        open_store(store_path)
+
+
+@rule("2.5")
+def test_calibration_arrays_that_do_not_fit_the_manifest_are_refused(store_path: Path) -> None:
+    digest = hashlib.sha256()
+    group = zarr.open_group(store_path / "kv.zarr", mode="r")
+    for name in ("key_mean", "key_step", "value_mean", "value_step"):
+        array = np.asarray(group[name][...])  # type: ignore[index]  # zarr types a member as array or group
+        digest.update(f"/{name}{array.shape}".encode() + array.astype("<f4").tobytes())
+    assert manifest_of(store_path)["calibration"] == digest.hexdigest()
+    steps = zarr.open_array(store_path / "kv.zarr" / "key_step", mode="r+")
+    steps[0, 0, 0] = 1.0
+    with pytest.raises(CorruptShardError, match="calibration: mean and step arrays hash to"):
+        open_store(store_path).read([0])
+
+
+@rule("3.1")
+@pytest.mark.parametrize("codec", ["raw", "q8", "mix"])
+def test_plain_zarr_opens_a_store_without_a_warning_and_without_kvpipe(source: Source, tmp_path: Path, codec: str) -> None:
+    path = write_store(tmp_path / "store", source, codec)
+    script = (
+        f"import zarr, sys; g = zarr.open({str(path / 'kv.zarr')!r}, mode='r'); g.tree(); print(g['key'][0, :4].shape);"
+        "assert not [m for m in sys.modules if m.startswith(('kvstore', 'pipeline', 'tensorstore'))]"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "(4, 2, 8)"), done.stderr
+
+
+@rule("3.2")
+def test_keys_and_values_have_named_axes(source: Source, tmp_path: Path) -> None:
+    group = zarr.open_group(write_store(tmp_path / "store", source, "q8") / "kv.zarr", mode="r")
+    for kind in ("key", "value"):
+        array = group[kind]
+        assert isinstance(array, zarr.Array)
+        assert array.metadata.dimension_names == ("layer", "token", "kv_head", f"{kind}_dim")  # type: ignore[union-attr]  # v3
+        assert (array.shape[0], *array.shape[2:]) == (3, 2, 8)
+
+
+@rule("3.3")
+def test_four_bit_codes_lie_in_byte_arrays_of_half_the_dim(written: Path) -> None:
+    group = zarr.open_group(written / "kv.zarr", mode="r")
+    array = group["value_byte"]
+    assert isinstance(array, zarr.Array)
+    assert "value" not in group
+    assert (array.dtype, array.shape[-1]) == (np.uint8, 4)
+    assert array.metadata.dimension_names[-1] == "value_byte_dim"  # type: ignore[union-attr,index]  # v3
+
+
+@rule("3.4")
+def test_quantised_groups_hold_mean_and_step_per_channel(written: Path, source: Source) -> None:
+    group = zarr.open_group(written / "kv.zarr", mode="r")
+    for name in ("key_mean", "key_step", "value_mean", "value_step"):
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        assert (array.dtype, array.shape) == (np.float32, (3, 2, 8))
+    keys = np.concatenate([sample[1][0] for sample in source.kv])
+    np.testing.assert_allclose(np.asarray(group["key_mean"])[1], keys.mean(axis=0), rtol=1e-5)
+
+
+@rule("3.5")
+def test_layer_numbers_are_the_teachers(tmp_path: Path) -> None:
+    spec = small_spec(num_layers=8).select([2, 5, 7])
+    path = write_store(tmp_path / "store", random_source(spec, [80, 90]))
+    assert np.asarray(zarr.open_group(path / "kv.zarr", mode="r")["layer"]).tolist() == [2, 5, 7]
+    assert open_store(path).read([0], layers=[7]).layers == (7,)
+
+
+@rule("3.6")
+def test_token_ids_lie_on_the_grid_with_fill_minus_one(written: Path, source: Source) -> None:
+    array = zarr.open_array(written / "kv.zarr" / "input_ids", mode="r")
+    assert (array.dtype, array.fill_value) == (np.int32, -1)
+    samples = open_store(written).samples
+    for index in (0, 3, 23):
+        start, length = samples.token_start[index], samples.num_tokens[index]
+        np.testing.assert_array_equal(array[start : start + length], source.input_ids[index])
+
+
+@rule("3.7", "3.10")
+def test_chunks_and_shards_have_the_stated_shapes(written: Path) -> None:
+    layout = open_store(written).manifest.layout
+    chunk, shard = layout.chunk_tokens, layout.shard_tokens
+    assert chunk in {64, 128, 256, 512, 1024}
+    assert shard % chunk == 0
+    group = zarr.open_group(written / "kv.zarr", mode="r")
+    shapes = {name: (group[name].chunks, group[name].shards) for name in ("key", "value_byte", "input_ids")}  # type: ignore[union-attr]  # arrays
+    assert shapes == {
+        "key": ((1, chunk, 2, 8), (3, shard, 2, 8)),
+        "value_byte": ((1, chunk, 2, 4), (3, shard, 2, 4)),
+        "input_ids": ((chunk,), (shard,)),
+    }
+
+
+@rule("3.8")
+@pytest.mark.parametrize("codec", ["raw", "q8", "mix"])
+def test_crc32c_is_the_last_codec_everywhere(source: Source, tmp_path: Path, codec: str) -> None:
+    path = write_store(tmp_path / "store", source, codec)
+    for file in (path / "kv.zarr").glob("*/zarr.json"):
+        codecs = json.loads(file.read_text())["codecs"]
+        inner = codecs[0]["configuration"]["codecs"] if codecs[0]["name"] == "sharding_indexed" else codecs
+        assert inner[-1]["name"] == "crc32c", file
+
+
+@rule("3.9")
+def test_layers_of_another_geometry_form_a_group_of_their_own(tmp_path: Path) -> None:
+    spec = small_spec(num_layers=4)
+    other = LayerSpec(layer=1, num_kv_heads=1, key_dim=16, value_dim=4, rope=None)
+    spec = type(spec)(layers=(spec.layers[0], other, *spec.layers[2:]), ropes=spec.ropes, dtype=spec.dtype)
+    source = random_source(spec, LENGTHS)
+    store = open_store(write_store(tmp_path / "store", source, "q8"))
+    attributes = zarr.open_group(store.path / "kv.zarr", mode="r").attrs["kvpipe"]
+    assert attributes["groups"] == {"0": ["", 0], "1": ["group_1", 0], "2": ["", 1], "3": ["", 2]}  # type: ignore[index,call-overload]  # JSON
+    batch = store.read([4], layers=[1])
+    np.testing.assert_allclose(batch.key[0], source.kv[4][1][0], atol=0.1)
+    with pytest.raises(ValueError, match="key heads and dims differ"):
+        store.read([4])
+
+
+@rule("4.1")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_raw_holds_the_captured_bits(tmp_path: Path, dtype: str) -> None:
+    source = random_source(small_spec(dtype=dtype), LENGTHS)  # type: ignore[arg-type]  # parametrised literal
+    store = open_store(write_store(tmp_path / "store", source, "raw"))
+    start = int(store.samples.token_start[3])
+    for index, kind in enumerate(("key", "value")):
+        stored = np.asarray(zarr.open_array(store.path / "kv.zarr" / kind, mode="r")[2, start : start + 300])
+        expected = source.kv[3][2][index]
+        assert stored.dtype == (np.uint16 if dtype == "bfloat16" else np.dtype(dtype))
+        assert stored.tobytes() == expected.tobytes()
+    decoded = store.read([3], layers=[2])
+    np.testing.assert_array_equal(decoded.key[0], source.kv[3][2][0].astype(np.float32))
+
+
+@rule("4.2", "4.3")
+def test_codes_decode_by_the_stated_formulas(written: Path) -> None:
+    store = open_store(written)
+    group = zarr.open_group(written / "kv.zarr", mode="r")
+    start, length = int(store.samples.token_start[1]), int(store.samples.num_tokens[1])
+    arrays = {name: np.asarray(group[name]) for name in ("key_mean", "key_step", "value_mean", "value_step")}
+    rows = slice(start, start + length)
+    key = np.asarray(group["key"][0, rows]).astype(np.float32)  # type: ignore[index]  # array
+    byte = np.asarray(group["value_byte"][0, rows])  # type: ignore[index]  # array
+    code = np.concatenate([byte & 15, byte >> 4], axis=-1).astype(np.float32) - 8
+    batch = store.read([1], layers=[0])
+    np.testing.assert_array_equal(batch.key[0], key * arrays["key_step"][0] + arrays["key_mean"][0])
+    np.testing.assert_array_equal(batch.value[0], code * arrays["value_step"][0] + arrays["value_mean"][0])
+
+
+@rule("4.4")
+@pytest.mark.parametrize("codec", ["q8", "mix"])
+def test_errors_stay_within_half_a_step_unless_clipped(source: Source, tmp_path: Path, codec: str) -> None:
+    store = open_store(write_store(tmp_path / "store", source, codec))
+    for index in range(len(source.kv)):
+        batch = store.read([index])
+        for slot in range(3):
+            for side, (kind, bits) in enumerate((("key", 8), ("value", 4 if codec == "mix" else 8))):
+                mean, step = (array[slot] for array in store.calibration[""][kind])  # type: ignore[index]  # literal kinds
+                exact = source.kv[index][slot][side]
+                low, high = (-127, 127) if bits == 8 else (-8, 7)
+                inside = (exact > mean + (low + 0.5) * step) & (exact < mean + (high - 0.5) * step)
+                error = np.abs(getattr(batch, kind)[slot] - exact)
+                assert (error[inside] <= np.broadcast_to(step / 2, exact.shape)[inside] + 1e-5).all()
+                assert inside.mean() > 0.99
+
+
+@rule("4.5")
+@pytest.mark.parametrize("codec", ["raw", "mix"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, codec: str, bad: float) -> None:
+    source = random_source(small_spec(), [70, 70])
+    manifest, calibration, tasks = begin_store(tmp_path / "store", source, codec)
+    source.kv[1][2][1][3, 1, 4] = bad
+    with pytest.raises(CodecError, match=r"NaN or infinity at \[token, kv_head, dim\] \[3, 1, 4\]"):
+        write_shard(tmp_path / "store", source, manifest, calibration, len(tasks) - 1, tasks[-1])
+    assert len(open_store(tmp_path / "store")) == 0
+
+
+@rule("4.6")
+def test_the_manifest_holds_what_rotates_the_keys(written: Path) -> None:
+    spec = manifest_of(written)["spec"]
+    assert spec["key_domain"] == "pre_rope"  # type: ignore[index,call-overload]  # plain JSON
+    assert spec["ropes"] == [{"kind": "half", "inv_freq": [1.0, 0.1, 0.01, 0.001], "start": 0, "attention_scaling": 1.0}]  # type: ignore[index,call-overload]  # the same
+
+
+@rule("5.1")
+def test_a_commit_is_created_once_and_wins_over_a_second_writer(store_path: Path) -> None:
+    before = (store_path / "commits/00000.json").read_bytes()
+    other = random_source(small_spec(), LENGTHS, seed=9)
+    store = open_store(store_path)
+    indices = [index for index in range(len(store)) if store.samples.shard[index] == 0]
+    write_shard(store_path, other, store.manifest, store.calibration, 0, indices)
+    assert (store_path / "commits/00000.json").read_bytes() == before
+    store.read(indices)
+
+
+@rule("5.2")
+def test_a_commit_lists_every_object_with_size_and_hash(written: Path) -> None:
+    objects = commit_of(written, 1)["objects"]
+    assert {stored["path"] for stored in objects} == {  # type: ignore[attr-defined]  # plain JSON
+        "kv.zarr/key/c/0/1/0/0",
+        "kv.zarr/value_byte/c/0/1/0/0",
+        "kv.zarr/input_ids/c/1",
+    }
+    for stored in objects:  # type: ignore[attr-defined]  # the same
+        content = (written / stored["path"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (stored["size_bytes"], stored["sha256"])
+
+
+@rule("5.3", "7.1", "7.2")
+def test_sample_rows_say_who_and_where(written: Path, source: Source) -> None:
+    store = open_store(written)
+    layout = store.manifest.layout
+    seen = 0
+    for shard in range(layout.num_shards):
+        for row in commit_of(written, shard)["samples"]:  # type: ignore[attr-defined]  # plain JSON
+            content = source.input_ids[seen].astype("<i4").tobytes()
+            assert row["id"] == hashlib.sha256(content).hexdigest()
+            assert row["crc32c"] == google_crc32c.value(content)
+            assert (row["shard"], row["num_tokens"], row["count"]) == (shard, LENGTHS[seen], 1)
+            assert (row["source"], row["text"]) == (f"document-{seen}", f"text of {seen}")
+            assert row["token_start"] % layout.chunk_tokens == 0
+            assert shard * layout.shard_tokens <= row["token_start"]
+            assert row["token_start"] + row["num_tokens"] <= (shard + 1) * layout.shard_tokens
+            seen += 1
+    assert seen == len(LENGTHS)
+
+
+@rule("5.4")
+def test_a_shard_committed_for_another_signal_is_refused(store_path: Path) -> None:
+    reseal(store_path / "commits/00001.json", signal="0" * 64)
+    store = open_store(store_path)
+    index = int(np.flatnonzero(store.samples.shard == 1)[0])
+    with pytest.raises(CorruptShardError, match="shard 1: committed for signal 000000000000"):
+        store.read([index])
+
+
+@rule("5.5")
+def test_fidelity_is_measured_on_what_was_written(written: Path, source: Source) -> None:
+    store = open_store(written)
+    indices = [index for index in range(len(store)) if store.samples.shard[index] == 2]
+    batch = store.read(indices)
+    exact = np.concatenate([source.kv[index][1][1] for index in indices]).astype(np.float32)
+    mean = store.calibration[""]["value"][0][1]
+    error = batch.value[1] - exact
+    record = commit_of(written, 2)["fidelity"]["1"]["value"]  # type: ignore[index,call-overload]  # plain JSON
+    assert record["centred_error"] == pytest.approx(np.linalg.norm(error) / np.linalg.norm(exact - mean), rel=1e-5)
+    assert record["max_abs_error"] == pytest.approx(np.abs(error).max(), rel=1e-5)
+    assert 0 <= record["saturation"] < 0.01
+    stored_bits = 8 * (written / "kv.zarr/value_byte/c/0/2/0/0").stat().st_size
+    layers = commit_of(written, 2)["fidelity"].values()  # type: ignore[attr-defined]  # plain JSON
+    by_layer = sum(layer["value"]["bits"] * exact.size for layer in layers)
+    assert 0.9 * stored_bits < by_layer < stored_bits
+
+
+@rule("5.6")
+def test_only_committed_shards_are_visible(store_path: Path) -> None:
+    whole = open_store(store_path)
+    (store_path / "commits/00001.json").unlink()
+    partial = open_store(store_path)
+    missing = int((whole.samples.shard == 1).sum())
+    assert len(partial) == len(whole) - missing
+    assert 1 not in partial.samples.shard
+
+
+@rule("6.1")
+def test_parquet_tables_hold_the_rows_and_a_summary(written: Path) -> None:
+    (part,), (summary,) = ((written / "samples").glob(f"{name}-*.parquet") for name in ("part", "summary"))
+    rows = [
+        row for shard in range(open_store(written).manifest.layout.num_shards) for row in commit_of(written, shard)["samples"]
+    ]  # type: ignore[attr-defined]  # plain JSON
+    assert pq.read_table(part).to_pylist() == rows
+    table = pq.read_table(summary)
+    assert table.column_names == ["shard", "num_samples", "num_tokens", "stored_bytes"]
+    assert sum(table["num_tokens"].to_pylist()) == sum(LENGTHS)
+
+
+@rule("6.2", "8.4")
+def test_shards_not_yet_in_a_table_are_read_from_their_commits(source: Source, tmp_path: Path) -> None:
+    manifest, calibration, tasks = begin_store(tmp_path / "store", source)
+    for shard in (3, 0, 2):
+        write_shard(tmp_path / "store", source, manifest, calibration, shard, tasks[shard])
+    compact(tmp_path / "store")
+    write_shard(tmp_path / "store", source, manifest, calibration, 1, tasks[1])
+    store = open_store(tmp_path / "store")
+    assert store.samples.ids == [json_id for shard in range(4) for json_id in _ids(tmp_path / "store", shard)]
+    for index, expected in enumerate(index for shard in range(4) for index in tasks[shard]):
+        np.testing.assert_array_equal(store.read([index], layers=()).input_ids, source.input_ids[expected])
+
+
+def _ids(path: Path, shard: int) -> list[str]:
+    return [row["id"] for row in commit_of(path, shard)["samples"]]  # type: ignore[attr-defined]  # plain JSON
+
+
+@rule("6.3")
+def test_deleting_the_tables_loses_nothing(store_path: Path) -> None:
+    before = open_store(store_path).samples
+    rows = list(zip(before.ids, before.source, before.text, before.token_start.tolist(), strict=True))
+    for file in (store_path / "samples").iterdir():
+        file.unlink()
+    after = open_store(store_path).samples
+    assert list(zip(after.ids, after.source, after.text, after.token_start.tolist(), strict=True)) == rows
+
+
+@rule("6.4")
+def test_a_shard_in_two_parts_counts_once(store_path: Path) -> None:
+    before = open_store(store_path).samples.ids
+    for name in ("part", "summary"):
+        shutil.copy(store_path / f"samples/{name}-00000.parquet", store_path / f"samples/{name}-00001.parquet")
+    samples = open_store(store_path).samples
+    assert (samples.ids, len(samples)) == (before, len(before))
+
+
+@rule("7.3")
+def test_chunks_of_samples_are_stored_even_when_they_equal_the_fill_value(tmp_path: Path) -> None:
+    spec = small_spec(num_layers=1)
+    source = random_source(spec, [128, 128])
+    for sample in source.kv:
+        sample[0][0][:] = 0.0
+    path = write_store(tmp_path / "store", source, "raw")
+    store = open_store(path)
+    assert (store.read([0]).key == 0).all()
+    file = largest_shard_file(path, "key")
+    count = store.manifest.layout.shard_tokens // store.manifest.layout.chunk_tokens
+    index = np.frombuffer(file.read_bytes()[-(16 * count + 4) : -4], dtype="<u8").reshape(count, 2)
+    used = -(-128 // store.manifest.layout.chunk_tokens)
+    assert (index[:used, 1] < 2**63).all()
+    assert (index[used:] == 2**64 - 1).all()
+
+
+@rule("8.1")
+@pytest.mark.parametrize("array", ["key", "value_byte", "input_ids"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_a_missing_or_truncated_object_raises(store_path: Path, array: str, damage: str) -> None:
+    store = open_store(store_path)
+    parts = "c/1" if array == "input_ids" else "c/0/1/0/0"
+    file = store_path / "kv.zarr" / array / parts
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 0 if damage == "empty" else -10])
+    index = int(np.flatnonzero(store.samples.shard == 1)[0])
+    with pytest.raises(CorruptShardError, match=rf"shard 1: kv\.zarr/{array}"):
+        store.read([index])
+
+
+@rule("8.1")
+def test_an_object_lost_after_its_shard_was_first_read_raises(store_path: Path) -> None:
+    store = open_store(store_path)
+    indices = np.flatnonzero(store.samples.shard == 1).tolist()
+    store.read(indices)
+    (store_path / "kv.zarr/key/c/0/1/0/0").unlink()
+    with pytest.raises(CorruptShardError, match="shard 1, samples"):
+        store.read(indices)
+
+
+@rule("8.2")
+def test_every_flipped_bit_in_stored_codes_raises(store_path: Path) -> None:
+    store = open_store(store_path)
+    indices = np.flatnonzero(store.samples.shard == 0).tolist()
+    file = store_path / "kv.zarr/key/c/0/0/0/0"
+    pristine = file.read_bytes()
+    chunks = 3 * store.manifest.layout.shard_tokens // store.manifest.layout.chunk_tokens
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(pristine) - 16 * chunks - 4, size=40):
+        flip_bit(file, int(position), int(rng.integers(8)))
+        with pytest.raises(CorruptShardError, match="shard 0"):
+            open_store(store_path).read(indices)
+        file.write_bytes(pristine)
+    open_store(store_path).read(indices)
+
+
+@rule("8.3")
+def test_swapped_token_shards_raise_naming_shard_and_sample(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "store", random_source(small_spec(), [64] * 32))
+    by_size: dict[int, Path] = {}
+    for file in sorted((path / "kv.zarr/input_ids/c").iterdir()):
+        twin = by_size.setdefault(file.stat().st_size, file)
+        if twin is not file:
+            break
+    contents = twin.read_bytes(), file.read_bytes()
+    assert twin is not file, "no two shards of equal size: the size check alone would catch the swap"
+    twin.write_bytes(contents[1])
+    file.write_bytes(contents[0])
+    store = open_store(path)
+    index = int(np.flatnonzero(store.samples.shard == int(file.name))[0])
+    with pytest.raises(CorruptShardError, match=rf"shard {file.name}, sample {index} \(id"):
+        store.read([index])
+
+
+@rule("8.5")
+def test_token_ids_are_read_back_as_written(written: Path, source: Source) -> None:
+    store = open_store(written)
+    order = [5, 0, 23, 5]
+    batch = store.read(order, layers=())
+    np.testing.assert_array_equal(batch.input_ids, np.concatenate([source.input_ids[index] for index in order]))
+    assert np.diff(batch.cu_seqlens).tolist() == [LENGTHS[index] for index in order]
+    assert batch.key.size == batch.value.size == 0
+
+
+def test_all_store_errors_share_one_base_class() -> None:
+    assert issubclass(CorruptShardError, KVStoreError)
+    assert issubclass(StoreNotFoundError, KVStoreError)
+    assert ml_dtypes.bfloat16 is not None
