@@ -93,11 +93,14 @@ class ShardWriter:
     def put(
         self,
         layer: int,
-        offset: int,
+        spans: Sequence[tuple[int, int]],
         key: Float[np.ndarray, "token kv_head key_dim"],
         value: Float[np.ndarray, "token kv_head value_dim"],
     ) -> None:
-        """Encode keys and values of one sample in one layer at a token offset inside the shard.
+        """Encode one layer's keys and values of some samples, concatenated.
+
+        Args:
+            spans: token offset inside the shard and length of each sample, in the order of the token axis.
 
         Raises:
             CodecError: a value is not finite.
@@ -105,9 +108,11 @@ class ShardWriter:
         group, slot = self._manifest.group_of(layer)
         for kind, values in zip(KINDS, (key, value), strict=True):
             mean, step = self._channel(group, kind, slot)
-            quantizer = group.quantizer(kind)
-            codes = codecs.encode(quantizer, values, mean, step)
-            self._codes[group.path, kind][slot, offset : offset + len(codes)] = codes
+            codes = codecs.encode(group.quantizer(kind), values, mean, step)
+            target, position = self._codes[group.path, kind][slot], 0
+            for offset, length in spans:
+                target[offset : offset + length] = codes[position : position + length]
+                position += length
             self._measure(layer, kind, values, codes, mean, step)
 
     def put_tokens(self, offset: int, input_ids: Int32[np.ndarray, "token"]) -> None:

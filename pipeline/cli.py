@@ -94,7 +94,7 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
             f"{preset.name}: at most {preset.max_tokens:,} tokens of {', '.join(chosen.data)} into {chosen.out}; --max-tokens asks for more"
         )
 
-    from pipeline.models.load import resolve_model
+    from pipeline.models.resolve import resolve_model
 
     resolved = resolve_model(chosen.teacher, chosen.revision)
     from pipeline.executors import ExecutorError
@@ -143,11 +143,12 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
     from pipeline.config import load_config
     from training.config import TrainConfig
 
+    flags["learning_rate"] = flags.pop("lr")
     chosen = load_config(TrainConfig, "train", config, settings, flags)
     from training.trainer import run_training
 
     summary = run_training(chosen)
-    _print_record(dataclasses.asdict(summary), as_json)
+    _print_record(summary.model_dump(mode="json", exclude=set() if as_json else {"config"}), as_json)
 
 
 @cli.command()

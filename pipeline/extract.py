@@ -32,15 +32,10 @@ from pipeline.align import Alignment, default_student_layers
 from pipeline.config import ExtractConfig
 from pipeline.data import Sample, make_samples, read_documents, shuffled
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
-from pipeline.models.load import (
-    ResolvedModel,
-    build_student,
-    config_fingerprint,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
+from pipeline.models.resolve import ResolvedModel
 from pipeline.plan import Task, data_record, estimate_bytes, plan_layout, plan_tasks
 from pipeline.worker import Job, Moments, TaskResult, TeacherInfo, TeacherSource, merge_moments
 

@@ -23,15 +23,15 @@ from kvstore.writer import ShardWriter
 from pipeline.align import Alignment
 from pipeline.models.capture import capture_kv
 from pipeline.models.load import load_causal_lm
-from pipeline.models.probe import probe_causal, probe_kv_spec
+from pipeline.models.probe import length_dependent_rope, probe_causal, probe_kv_spec
 from pipeline.plan import Task, padded_length, plan_batches
 
 SINK_TOKENS = 4
 """First positions of a sample, which attend to nothing else and whose keys are often extreme; left out of calibration."""
 
-_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-OnLayer = Callable[[int, int, np.ndarray, np.ndarray], None]
+Spans = list[tuple[int, int]]
+"""Offset in the shard and length of every sample along a packed token axis."""
+OnLayer = Callable[[int, Spans, np.ndarray, np.ndarray], None]
 Moments = dict[tuple[int, Kind], ChannelMoments]
 """By teacher layer and kind, of what will be stored: after alignment where it is baked."""
 
@@ -90,7 +90,7 @@ class Worker:
         probe_causal(self._model)
         self._spec = probe_kv_spec(self._model)
         # What calibration computed and has not written yet: those forward passes are kept, not repeated.
-        self._kept: dict[int, list[tuple[int, int, np.ndarray, np.ndarray]]] = {}
+        self._kept: dict[int, list[tuple[int, Spans, np.ndarray, np.ndarray]]] = {}
 
     def describe(self) -> TeacherInfo:
         config = self._model.config.get_text_config()
@@ -108,13 +108,14 @@ class Worker:
         moments: Moments = {}
         kept = self._kept[task.shard] = []
 
-        def keep(layer: int, offset: int, key: np.ndarray, value: np.ndarray) -> None:
-            kept.append((layer, offset, key, value))
+        def keep(layer: int, spans: Spans, key: np.ndarray, value: np.ndarray) -> None:
+            kept.append((layer, spans, key, value))
+            wanted = np.concatenate([np.arange(length) >= min(SINK_TOKENS, length // 2) for _, length in spans])
             for kind, values in zip(KINDS, (key, value), strict=True):
                 geometry = stored.layer(layer)
                 dim = geometry.key_dim if kind == "key" else geometry.value_dim
                 entry = moments.setdefault((layer, kind), ChannelMoments.zeros(geometry.num_kv_heads, dim))
-                entry.add(values[min(SINK_TOKENS, len(values) // 2) :])
+                entry.add(values[wanted])
 
         self._compute(job, task, keep)
         return moments
@@ -125,8 +126,8 @@ class Worker:
         writer = ShardWriter(job.root, store.manifest, store.calibration, task.shard)
         started = time.perf_counter()
         if task.shard in self._kept:
-            for layer, offset, key, value in self._kept.pop(task.shard):
-                writer.put(layer, offset, key, value)
+            for layer, spans, key, value in self._kept.pop(task.shard):
+                writer.put(layer, spans, key, value)
         else:
             self._compute(job, task, writer.put)
         for sample in task.samples:
@@ -146,20 +147,21 @@ class Worker:
         return self._spec.select(job.layers) if job.alignment is None else Alignment.from_json(job.alignment).stored_spec()
 
     def _compute(self, job: Job, task: Task, on_layer: OnLayer) -> None:
-        """Run the task's batches; `on_layer(layer, offset, key, value)` gets numpy arrays [token, kv_head, dim]."""
+        """Run the task's batches; `on_layer(layer, spans, key, value)` gets numpy arrays [token, kv_head, dim], packed."""
         alignment = None if job.alignment is None else Alignment.from_json(job.alignment)
         for rows, input_ids in self._batches(job, task):
+            spans = [(task.samples[row].offset, len(task.samples[row].input_ids)) for row in rows]
+            lengths = torch.tensor([length for _, length in spans], device=input_ids.device)
+            valid_BT = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
 
-            def take(layer: int, key: torch.Tensor, value: torch.Tensor, rows: list[int] = rows) -> None:
-                key, value = key.transpose(1, 2), value.transpose(1, 2)
+            def take(
+                layer: int, key: torch.Tensor, value: torch.Tensor, spans: Spans = spans, valid_BT: torch.Tensor = valid_BT
+            ) -> None:
+                key_THD, value_THD = key.transpose(1, 2)[valid_BT], value.transpose(1, 2)[valid_BT]
                 if alignment is not None:
-                    aligned = alignment.project(layer, key, value)
-                    key, value = (tensor.to(self._model.dtype) for tensor in aligned)
-                key_BTHD, value_BTHD = _to_numpy(key), _to_numpy(value)
-                for position, row in enumerate(rows):
-                    sample = task.samples[row]
-                    valid = slice(0, len(sample.input_ids))
-                    on_layer(layer, sample.offset, key_BTHD[position, valid], value_BTHD[position, valid])
+                    aligned = alignment.project(layer, key_THD, value_THD)
+                    key_THD, value_THD = (tensor.to(self._model.dtype) for tensor in aligned)
+                on_layer(layer, spans, _to_numpy(key_THD), _to_numpy(value_THD))
 
             capture_kv(self._model, self._spec, input_ids, layers=job.layers, on_layer=take)
 
@@ -167,19 +169,13 @@ class Worker:
         """Right-padded token ids of every forward pass; causal models need no mask for padding behind."""
         lengths = [len(sample.input_ids) for sample in task.samples]
         max_positions = int(self._model.config.get_text_config().max_position_embeddings)
-        alone = _batch_dependent_rope(self._model.config)
+        alone = length_dependent_rope(self._model.config) is not None
         for rows in plan_batches(lengths, job.batch_tokens, max_positions, alone=alone):
             width = lengths[rows[0]] if alone else padded_length(lengths[rows[0]], max_positions)
             padded = np.zeros((len(rows), width), dtype=np.int64)
             for position, row in enumerate(rows):
                 padded[position, : lengths[row]] = task.samples[row].input_ids
             yield rows, torch.from_numpy(padded).to(self._model.device)
-
-
-def _batch_dependent_rope(config: Any) -> bool:
-    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
-    return any(entry.get("rope_type") in _BATCH_DEPENDENT_ROPE for entry in [parameters, *nested])
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

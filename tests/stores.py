@@ -129,7 +129,7 @@ def write_shard(
         ids = source.input_ids[index]
         writer.put_tokens(offset, ids)
         for layer, (key, value) in source.kv[index].items():
-            writer.put(layer, offset, key, value)
+            writer.put(layer, [(offset, len(ids))], key, value)
         rows.append(
             SampleRow(
                 id=sample_id(ids),

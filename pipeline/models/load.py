@@ -1,0 +1,220 @@
+"""From a folder to a model in memory, refusing everything that would give wrong keys and values in silence.
+
+Transformers by itself initialises missing weights at random, loads BERT as a "causal" model and makes up a tokenizer where
+files are missing. Knows no store. Importing this module loads neither torch nor transformers; its functions do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from pipeline.models.presets import StudentPreset, TeacherPreset, parse_student, student_preset, student_preset_names
+from pipeline.models.resolve import ModelLoadError, ResolvedModel, one_line, resolve_model, validate_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = [
+    "ModelLoadError",
+    "ResolvedModel",
+    "build_student",
+    "config_fingerprint",
+    "geometry_mismatch",
+    "load_causal_lm",
+    "load_tokenizer",
+    "resolve_model",
+    "tokenizer_fingerprint",
+    "weights_fingerprint",
+]
+
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
+"""A tokenizer has at least one of these; without any, transformers returns one that knows a single token."""
+
+OPTIONAL_FIELDS = {"model_type", "head_dim"}
+"""Fields transformers reads from any config although not every config class declares them."""
+
+
+def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Load a decoder from safetensors, in evaluation mode, every weight of it from the checkpoint.
+
+    Args:
+        dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto` to spread it over what there is.
+
+    Raises:
+        ModelLoadError: the files are damaged or incomplete, or this is no causal decoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if problems := validate_checkpoint(path):
+        raise ModelLoadError(f"the checkpoint in {path} cannot be used: " + "; ".join(problems))
+    config = _config_of(path)
+    if config.is_encoder_decoder:
+        raise ModelLoadError(
+            f"{path}: {config.model_type} is an encoder-decoder model; its keys and values are not causal. Choose a decoder"
+        )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            device_map=None if device == "cpu" else device,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report names them, where transformers' own error does not
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(f"{path}: transformers cannot load this model ({one_line(error)})") from error
+    _validate_weights(path, report)
+    _validate_causal(path, model)
+    return model.eval()
+
+
+def _config_of(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        # Said explicitly: left open, transformers asks on the terminal and a worker would wait for ever.
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except _config_errors() as error:
+        raise ModelLoadError(
+            f"{path}: transformers cannot read config.json ({one_line(error)}). kvpipe runs no code that comes "
+            "with a checkpoint: choose a model that transformers itself supports"
+        ) from error
+
+
+def _config_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config it cannot use."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, KeyError, TypeError, StrictDataclassError
+
+
+def _validate_weights(path: Path, report: Mapping[str, Any]) -> None:
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing or mismatched or report["error_msgs"]:
+        raise ModelLoadError(
+            f"{path}: {len(missing)} weights of the model are missing from the checkpoint (first: {missing[:3]}), "
+            f"{len(mismatched)} have another shape (first, with got and expected: {mismatched[:3]}); transformers would fill "
+            f"them with random numbers. Download or convert the checkpoint again {report['error_msgs'] or ''}".rstrip()
+        )
+
+
+def _validate_causal(path: Path, model: PreTrainedModel) -> None:
+    from pipeline.models.capture import attention_modules
+
+    for attention in attention_modules(model).values():
+        if getattr(attention.module, "is_causal", True) is False:
+            raise ModelLoadError(
+                f"{path}: {type(model).__name__} attends to later tokens ({attention.name}.is_causal is False, config "
+                f"is_decoder {getattr(model.config, 'is_decoder', None)}); kvpipe needs a decoder that reads left to right"
+            )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a checkpoint folder.
+
+    Raises:
+        ModelLoadError: the folder holds none, or only a slow one, which gives no byte offsets.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(found for pattern in VOCABULARY_FILES for found in path.glob(pattern)):
+        raise ModelLoadError(f"{path}: there is no tokenizer, expected one of {', '.join(VOCABULARY_FILES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(f"{path}: transformers cannot load this tokenizer ({one_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise ModelLoadError(
+            f"{path}: {type(tokenizer).__name__} is a slow tokenizer, which gives no offsets; save a tokenizer.json with it"
+        )
+    return tokenizer
+
+
+def geometry_mismatch(preset: TeacherPreset, config: PretrainedConfig) -> list[str]:
+    """Fields in which a checkpoint's config differs from what its preset says; the checkpoint is right."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    actual = {
+        "model_type": text.model_type,
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "num_heads": heads,
+        "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.max_position_embeddings,
+        "rope_theta": rope.get("rope_theta"),
+    }
+    return [
+        f"{field}: the checkpoint has {value}, preset {preset.name!r} expected {expected}"
+        for field, value in actual.items()
+        if value != (expected := getattr(preset.geometry, field))
+    ]
+
+
+def build_student(spec: str, vocab_size: int | None, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast | None]:
+    """Make a student in float32: a pretrained one with its tokenizer, or a fresh one (no tokenizer) from `seed`.
+
+    Args:
+        spec: a student preset, a file with a fresh config (`.toml` like the presets', or a `.json` like config.json), a
+            local folder or a hub id.
+        vocab_size: tokens a fresh student must know: those of the store's tokenizer.
+
+    Raises:
+        ModelLoadError: there is no such student, its fields are wrong, or its vocabulary is too small.
+    """
+    preset = _fresh_from_file(Path(spec)) if spec.endswith((".toml", ".json")) else student_preset(spec)
+    if preset is not None and preset.config is not None:
+        return _fresh_model(preset.name, preset.config, vocab_size, seed), None
+    try:
+        path = resolve_model(spec if preset is None or preset.id is None else preset.id).path
+    except ModelLoadError as error:
+        raise ModelLoadError(f"student {error} Student presets are {', '.join(student_preset_names())}") from error
+    return load_causal_lm(path, dtype="float32"), load_tokenizer(path)
+
+
+def _fresh_from_file(path: Path) -> StudentPreset:
+    try:
+        if path.suffix == ".toml":
+            return parse_student(path)
+        return StudentPreset(name=path.stem, config=json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"student: there is no file {path}") from error
+    except ValueError as error:
+        raise ModelLoadError(f"student {path}: {one_line(error)}") from error
+
+
+def _fresh_model(name: str, fields: Mapping[str, Any], vocab_size: int | None, seed: int) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {"vocab_size": vocab_size, **fields}
+    if fields["vocab_size"] is None:
+        raise ModelLoadError(f"student {name}: its config has no vocab_size and no tokenizer gives one; add it")
+    if vocab_size is not None and fields["vocab_size"] < vocab_size:
+        raise ModelLoadError(
+            f"student {name}: got vocab_size {fields['vocab_size']}, expected at least {vocab_size}, the size of the "
+            "tokenizer; leave vocab_size out and the tokenizer gives it"
+        )
+    model_type = fields.get("model_type")
+    try:
+        config = AutoConfig.for_model(**fields)
+    except _config_errors() as error:
+        raise ModelLoadError(
+            f"student {name}: got model_type {model_type!r} and fields {sorted(fields)}: {one_line(error)}"
+        ) from error
+    defined = {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys() | OPTIONAL_FIELDS
+    if unknown := sorted(fields.keys() & config.to_dict().keys() - defined):
+        raise ModelLoadError(f"student {name}: {model_type} has no fields {unknown}; it has {sorted(defined)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # weights are drawn on the CPU; leave the devices' generators alone
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

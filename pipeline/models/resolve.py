@@ -1,0 +1,206 @@
+"""From a name to a folder with a checkpoint: presets, hub repositories (pinned to a commit), local folders.
+
+Knows file names and the hub, not what the files mean to a model; imports neither torch nor transformers. The hub client is
+imported inside functions: it alone takes 0.4 s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.models.presets import TeacherPreset, student_preset, teacher_preset, teacher_preset_names
+
+HUB_TIMEOUT_S = 3.0
+"""How long the hub may take to answer; the client by itself retries for about 23 s."""
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
+"""Files of a repository worth downloading: weights without pickle, configs, tokenizer."""
+UNWANTED = ("*/*", "consolidated*")
+"""Files that match `WANTED` all the same: folders of other formats, Mistral's second copy of its weights."""
+
+Answer = TypeVar("Answer")
+
+
+class ModelLoadError(ValueError):
+    """A model cannot be found or used: the message says where it was looked for and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """A model that lies on this machine."""
+
+    name: str
+    """What was asked for."""
+    id_or_path: str
+    """Hub repository, or absolute local folder."""
+    path: Path
+    """Folder that holds the files: what workers are given."""
+    commit: str | None
+    """Commit of the hub repository; None for a local folder."""
+    preset: TeacherPreset | None
+    """The teacher preset of that name, if it is one."""
+
+
+def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
+    """Find a model by preset name, local folder or hub id, downloading it if need be and the hub can be reached.
+
+    A preset named like a folder wins; write `./name` for the folder.
+
+    Args:
+        revision: branch, tag or commit of a hub repository; its default branch if None.
+
+    Raises:
+        ModelLoadError: there is no such model here or on the hub, or its checkpoint is incomplete.
+    """
+    teacher, student = teacher_preset(name), student_preset(name)
+    if teacher is None and student is not None and student.id is None:
+        raise ModelLoadError(f"{name}: this student preset is a fresh model without weights; it can be trained, not loaded")
+    preset = teacher or student
+    if preset is None and (name.startswith(("/", ".", "~")) or Path(name).is_dir()):
+        if revision is not None:
+            raise ModelLoadError(f"{name}: got revision {revision!r} with a local folder; revisions belong to hub models")
+        path, commit = _folder(name), None
+        id_or_path = str(path)
+    else:
+        id_or_path = (preset and preset.id) or name
+        path = _snapshot(id_or_path, revision, name)
+        commit = path.name
+    if problems := validate_checkpoint(path):
+        raise ModelLoadError(f"{name}: the checkpoint in {path} cannot be used: " + "; ".join(problems))
+    return ResolvedModel(name=name, id_or_path=id_or_path, path=path, commit=commit, preset=teacher)
+
+
+def _folder(name: str) -> Path:
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        return path
+    found = "a file" if path.exists() else "nothing"
+    raise ModelLoadError(
+        f"{name}: there is {found} at {path}, expected a folder with config.json and *.safetensors (names that start with "
+        "'/', '.' or '~' are folders, all others presets or hub ids)"
+    )
+
+
+def _snapshot(repo_id: str, revision: str | None, name: str) -> Path:
+    """Folder of one commit of a hub repository: from the hub if it answers, else from the local cache."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    # The first is the HTTP library's own base error, whichever of httpx or httpx2 this client was built on.
+    failures: tuple[type[BaseException], ...] = errors.HfHubHTTPError.__bases__
+    download = functools.partial(
+        snapshot_download, repo_id, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+    )
+    try:
+        _within(HUB_TIMEOUT_S, lambda: HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S))
+    except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
+        raise ModelLoadError(_hub_message(error, repo_id, revision, name)) from error
+    except failures as error:
+        try:
+            return Path(download(local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            raise ModelLoadError(_hub_message(error, repo_id, revision, name)) from error
+    try:
+        return Path(download())
+    except failures as error:
+        raise ModelLoadError(
+            f"{repo_id}: the download broke off ({type(error).__name__}: {error}); run the same command again, it resumes"
+        ) from error
+
+
+def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
+    """Result of `call`, or TimeoutError: a name lookup or a trickling answer can outlast the client's own timeouts."""
+    future: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # handed over, as concurrent.futures does; its pool would wait at exit
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
+
+
+def _hub_message(error: BaseException, repo_id: str, revision: str | None, name: str) -> str:
+    """One line for each way a hub repository can be out of reach."""
+    from huggingface_hub import constants, errors
+
+    is_preset_like = name == repo_id and "/" not in name
+    close = difflib.get_close_matches(name, teacher_preset_names(), n=3) or teacher_preset_names()
+    subject = f"{name} is no preset (presets: {', '.join(close)}) and, as a hub repository," if is_preset_like else repo_id
+    if isinstance(error, errors.HFValidationError):
+        return f"{name!r} is neither a preset ({', '.join(close)}), nor a local folder, nor a hub id such as 'Qwen/Qwen2-7B'"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{repo_id} is gated and you have no access: ask for it on https://huggingface.co/{repo_id}, then run "
+            "'hf auth login' or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{subject} is not on the hub, or is private and not yours to see; check the name, or run 'hf auth login'"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision!r} on the hub; see https://huggingface.co/{repo_id}/tree/main"
+    reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else one_line(error)
+    return (
+        f"{subject} is not, or not completely, in the local hub cache {constants.HF_HUB_CACHE} at revision "
+        f"{revision or 'main'!r}, and the hub cannot be reached ({reason}). On a connected machine run "
+        f"'hf download {repo_id}' and set HF_HOME to the folder above its 'hub' cache, or pass a local folder"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and text of another library's error, short enough to stand inside a sentence."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder that make up its weights, sorted by name; they need not exist."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():
+        return [path / "model.safetensors"]
+    return sorted(path / name for name in set(_json(index)["weight_map"].values()))
+
+
+def validate_checkpoint(path: Path) -> list[str]:
+    """What is wrong with a checkpoint folder, as far as file names, sizes and headers tell; empty if nothing is."""
+    from safetensors import SafetensorError, safe_open
+
+    problems = []
+    try:
+        _json(path / "config.json")
+        files = weight_files(path)
+    except FileNotFoundError:
+        return [f"it has no config.json, only {sorted(entry.name for entry in path.iterdir())[:8]}"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"a JSON file is damaged ({one_line(error)}); download it again"]
+    missing = [file.name for file in files if not file.exists()]
+    if missing and any(path.glob("*.bin")):
+        problems.append(
+            "it has pickled weights (*.bin) but no *.safetensors, and kvpipe never unpickles; load it once with "
+            "transformers and write it again with save_pretrained"
+        )
+    elif missing:
+        problems.append(f"weight files are missing: {missing}; still downloading? 'hf download' resumes")
+    for file in files:
+        if file.exists():
+            try:
+                safe_open(file, framework="np")
+            except SafetensorError as error:
+                problems.append(
+                    f"{file.name} ({file.stat().st_size} bytes) is damaged or still downloading ({one_line(error)})"
+                )
+    return problems
+
+
+def _json(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise TypeError(f"{path.name}: got a {type(record).__name__}, expected an object")
+    return record

@@ -1,0 +1,69 @@
+"""Undoing a rotary position embedding (Su et al., arXiv 2104.09864) with the cosines and sines a model itself used.
+
+Knows neither models nor positions: tables come from the attention module's call, the convention from a `RopeSpec`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvstore.spec import RopeSpec
+
+RotaryTables = tuple[Float[Tensor, "batch token freq"], Float[Tensor, "batch token freq"]]
+"""Cosine and sine of every frequency at every position, in float32."""
+
+
+def rotary_tables(position_embeddings: object, num_freqs: int | None = None) -> RotaryTables | None:
+    """Bring what a model calls `position_embeddings` into one form; None if it is no rotary table.
+
+    Models hand over each frequency once (gpt-oss), twice in blocks `f g f g` (Llama), twice in pairs `f f g g` (Cohere),
+    or as one complex number (Llama 4).
+
+    Args:
+        num_freqs: how many frequencies there are; found from the values if None, which takes a few positions to be sure.
+    """
+    if isinstance(position_embeddings, Tensor) and position_embeddings.is_complex():
+        cos, sin = position_embeddings.real, position_embeddings.imag
+    elif isinstance(position_embeddings, (tuple, list)) and len(position_embeddings) == 2:
+        cos, sin = position_embeddings
+    else:
+        return None
+    if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)) or cos.ndim != 3 or cos.shape != sin.shape:
+        return None
+    cos, sin = cos.float(), sin.float()
+    width = cos.shape[-1]
+    if width != num_freqs:
+        half = width // 2
+        for first, second in ((slice(half), slice(half, None)), (slice(0, None, 2), slice(1, None, 2))):
+            if torch.equal(cos[..., first], cos[..., second]) and torch.equal(sin[..., first], sin[..., second]):
+                cos, sin = cos[..., first], sin[..., first]
+                break
+    return (cos, sin) if num_freqs in (None, cos.shape[-1]) else None
+
+
+def unrotate(
+    key: Float[Tensor, "batch kv_head token dim"], tables: RotaryTables, rope: RopeSpec
+) -> Float[Tensor, "batch kv_head token dim"]:
+    """Return keys as they were before rotation, computed in float32 and rounded once, to the dtype of `key`.
+
+    The inverse of `(x1 c - x2 s, x2 c + x1 s)` is `(y1 c + y2 s, y2 c - y1 s) / (c^2 + s^2)`; the division also undoes
+    YaRN's scaling of the tables and their rounding to the model's dtype.
+    """
+    # A model spread over devices gets its tables moved after our hook has seen them.
+    cos, sin = (table.unsqueeze(1).to(key.device) for table in tables)
+    norm = cos.square() + sin.square()
+    cos, sin = cos / norm, sin / norm
+    stop = rope.start + rope.rotary_dim
+    rotated = key[..., rope.start : stop].float()
+    if rope.kind == "half":
+        y1, y2 = rotated.chunk(2, dim=-1)
+        restored = torch.cat([y1 * cos + y2 * sin, y2 * cos - y1 * sin], dim=-1)
+    else:
+        y1, y2 = rotated[..., 0::2], rotated[..., 1::2]
+        restored = torch.stack([y1 * cos + y2 * sin, y2 * cos - y1 * sin], dim=-1).flatten(-2)
+    restored = restored.to(key.dtype)
+    if rope.rotary_dim == key.shape[-1]:
+        return restored
+    return torch.cat([key[..., : rope.start], restored, key[..., stop:]], dim=-1)

@@ -1,0 +1,225 @@
+"""Resampling of the time axis. Suffixes: B batch, H heads, T token, D channels of a head."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.align import build_safe_linear_indices, resample_kv_with_interpolation, safe_time_resample
+from pipeline.align.time import linear_positions
+
+LENGTHS = st.integers(1, 40)
+SEEDS = st.integers(0, 1000)
+quick = settings(deadline=None, max_examples=50)
+
+
+def random_kv(num_tokens: int, seed: int = 0, num_samples: int = 2) -> torch.Tensor:
+    shape = (num_samples, 3, num_tokens, 4)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_positions(T_in: int, T_out: int) -> list[Fraction]:
+    if T_out == 1:
+        return [Fraction(T_in - 1)]
+    return [Fraction(i * (T_in - 1), T_out - 1) for i in range(T_out)]
+
+
+@given(T_in=LENGTHS, T_out=LENGTHS)
+@quick
+def test_positions_are_exact(T_in: int, T_out: int) -> None:
+    whole, remainder = linear_positions(T_in, T_out)
+    got = [Fraction(w) + Fraction(r, max(T_out - 1, 1)) for w, r in zip(whole.tolist(), remainder.tolist(), strict=True)]
+    assert got == exact_positions(T_in, T_out)
+    assert all(0 <= r < max(T_out - 1, 1) for r in remainder.tolist())
+
+
+@given(T_in=LENGTHS, T_out=LENGTHS, B=st.integers(0, 3))
+@quick
+def test_indices_are_in_range_monotone_and_nearest(T_in: int, T_out: int, B: int) -> None:
+    indices = build_safe_linear_indices(B, T_in, T_out, torch.device("cpu"))
+    assert indices.shape == (B, T_out)
+    assert indices.dtype == torch.int64
+    for row in indices.tolist():
+        assert row == sorted(row)
+        assert all(0 <= index < T_in for index in row)
+        assert all(abs(index - u) <= Fraction(1, 2) for index, u in zip(row, exact_positions(T_in, T_out), strict=True))
+
+
+def test_long_sequences_get_the_indices_of_exact_arithmetic() -> None:
+    # Here fp32 `linspace` followed by rounding picks another index in ten places.
+    got = build_safe_linear_indices(1, 4096, 131072, torch.device("cpu"))[0]
+    assert got.tolist() == [(2 * i * 4095 + 131071) // (2 * 131071) for i in range(131072)]
+
+
+@given(T=st.integers(0, 40))
+@quick
+def test_an_equal_length_gives_the_same_object_and_every_index(T: int) -> None:
+    kv = random_kv(T)
+    assert resample_kv_with_interpolation(kv, T) is kv
+    assert build_safe_linear_indices(1, T, T, torch.device("cpu"))[0].tolist() == list(range(T))
+
+
+@given(T_in=LENGTHS, T_out=st.integers(2, 40), seed=SEEDS)
+@quick
+def test_endpoints_are_kept_and_nothing_leaves_the_range_of_the_input(T_in: int, T_out: int, seed: int) -> None:
+    kv = random_kv(T_in, seed)
+    out = resample_kv_with_interpolation(kv, T_out)
+    assert out.shape == (2, 3, T_out, 4)
+    assert torch.equal(out[:, :, 0], kv[:, :, 0])
+    assert torch.equal(out[:, :, -1], kv[:, :, -1])
+    assert bool((out <= kv.amax(2, keepdim=True) + 1e-12).all())
+    assert bool((out >= kv.amin(2, keepdim=True) - 1e-12).all())
+
+
+@given(T_in=LENGTHS, T_out=LENGTHS)
+@quick
+def test_interpolation_is_linear_not_nearest_neighbour(T_in: int, T_out: int) -> None:
+    ramp = torch.arange(T_in, dtype=torch.float64)[None, None, :, None]
+    out = resample_kv_with_interpolation(3 * ramp - 2, T_out).flatten()
+    expected = torch.tensor([float(3 * u - 2) for u in exact_positions(T_in, T_out)], dtype=torch.float64)
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
+
+
+@given(T_in=LENGTHS, T_out=LENGTHS, value=st.floats(-1e4, 1e4, width=32))
+@quick
+def test_a_constant_sequence_stays_constant(T_in: int, T_out: int, value: float) -> None:
+    out = resample_kv_with_interpolation(torch.full((1, 1, T_in, 1), value), T_out)
+    assert torch.equal(out, torch.full((1, 1, T_out, 1), value))
+
+
+@given(T_in=LENGTHS, T_out=LENGTHS, seed=SEEDS)
+@quick
+def test_resampling_is_a_linear_map(T_in: int, T_out: int, seed: int) -> None:
+    x, y = random_kv(T_in, seed), random_kv(T_in, seed + 1)
+    both = resample_kv_with_interpolation(2 * x - 3 * y, T_out)
+    apart = 2 * resample_kv_with_interpolation(x, T_out) - 3 * resample_kv_with_interpolation(y, T_out)
+    torch.testing.assert_close(both, apart)
+
+
+@given(T_in=LENGTHS, T_out=st.integers(2, 40), seed=SEEDS)
+@quick
+def test_resampling_commutes_with_reversing_time(T_in: int, T_out: int, seed: int) -> None:
+    kv = random_kv(T_in, seed)
+    torch.testing.assert_close(
+        resample_kv_with_interpolation(kv.flip(2), T_out), resample_kv_with_interpolation(kv, T_out).flip(2)
+    )
+
+
+def test_each_sample_is_resampled_from_itself_alone() -> None:
+    kv = random_kv(9, num_samples=3)
+    clean = resample_kv_with_interpolation(kv, 14)
+    kv[1] = float("nan")
+    poisoned = resample_kv_with_interpolation(kv, 14)
+    assert torch.equal(poisoned[[0, 2]], clean[[0, 2]])
+    assert torch.equal(resample_kv_with_interpolation(kv[[2, 0]], 14), clean[[2, 0]])
+
+
+@given(T_in=st.integers(2, 12), factor=st.integers(1, 6), seed=SEEDS)
+@quick
+def test_upsampling_by_a_whole_factor_and_striding_gives_the_input_back(T_in: int, factor: int, seed: int) -> None:
+    kv = random_kv(T_in, seed)
+    finer = resample_kv_with_interpolation(kv, factor * (T_in - 1) + 1)
+    assert torch.equal(finer[:, :, ::factor], kv)
+
+
+def test_one_output_token_is_the_last_position() -> None:
+    kv = random_kv(7)
+    assert torch.equal(resample_kv_with_interpolation(kv, 1), kv[:, :, -1:])
+    assert build_safe_linear_indices(2, 7, 1, torch.device("cpu")).tolist() == [[6], [6]]
+
+
+def test_a_single_input_token_is_repeated() -> None:
+    kv = random_kv(1)
+    assert torch.equal(resample_kv_with_interpolation(kv, 5), kv.expand(-1, -1, 5, -1))
+
+
+@pytest.mark.parametrize("T_in", [0, 5])
+def test_no_output_tokens_give_an_empty_tensor(T_in: int) -> None:
+    device = torch.device("cpu")
+    assert resample_kv_with_interpolation(random_kv(T_in), 0).shape == (2, 3, 0, 4)
+    assert build_safe_linear_indices(2, T_in, 0, device).shape == (2, 0)
+    assert safe_time_resample(random_kv(T_in), build_safe_linear_indices(2, T_in, 0, device)).shape == (2, 3, 0, 4)
+
+
+@pytest.mark.parametrize(("T_in", "T_out"), [(0, 1), (0, 9), (-1, 3), (4, -1)])
+def test_impossible_lengths_are_refused(T_in: int, T_out: int) -> None:
+    with pytest.raises(ValueError, match=rf"got T_in={T_in}, T_out={T_out}, expected"):
+        build_safe_linear_indices(2, T_in, T_out, torch.device("cpu"))
+    if T_in >= 0:
+        with pytest.raises(ValueError, match=rf"got T_in={T_in}, T_out={T_out}, expected"):
+            resample_kv_with_interpolation(random_kv(T_in), T_out)
+
+
+def test_a_negative_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="got B=-1"):
+        build_safe_linear_indices(-1, 4, 4, torch.device("cpu"))
+
+
+def test_rows_of_indices_can_be_edited_one_by_one() -> None:
+    indices = build_safe_linear_indices(2, 8, 4, torch.device("cpu"))
+    indices[0, 0] = 3
+    assert indices[1, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_indices_of_any_integer_dtype_are_gathered_and_clamped(dtype: torch.dtype) -> None:
+    # 300 tokens: the limit to clamp to does not fit one byte.
+    x = random_kv(300)
+    raw = [0, 81, 127] if dtype in (torch.int8, torch.uint8) else [-5, 81, 1000]
+    clamped = [min(max(index, 0), 299) for index in raw]
+    assert torch.equal(safe_time_resample(x, torch.tensor(raw, dtype=dtype)), x[:, :, clamped])
+    if dtype == torch.int8:
+        assert torch.equal(safe_time_resample(x, torch.tensor([-128], dtype=dtype)), x[:, :, :1])
+
+
+def test_index_81_of_80_tokens_is_clamped() -> None:
+    x = random_kv(80)
+    assert torch.equal(safe_time_resample(x, torch.tensor([[81], [-1]])), torch.stack((x[0, :, -1:], x[1, :, :1])))
+
+
+def test_each_sample_may_have_its_own_indices() -> None:
+    x = random_kv(6)
+    out = safe_time_resample(x, torch.tensor([[0, 5, 5], [2, 1, 0]]))
+    assert torch.equal(out, torch.stack((x[0][:, [0, 5, 5]], x[1][:, [2, 1, 0]])))
+
+
+def test_gradients_flow_through_both_resamplers() -> None:
+    kv = random_kv(5).requires_grad_()
+    indices = build_safe_linear_indices(2, 5, 3, torch.device("cpu"))
+    torch.autograd.backward(safe_time_resample(kv, indices).sum() + resample_kv_with_interpolation(kv, 9).sum())
+    assert kv.grad is not None
+    assert kv.grad.sum() == pytest.approx(2 * 3 * 4 * (3 + 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_interpolated_in_single_precision_and_rounded_once(dtype: torch.dtype) -> None:
+    kv = random_kv(37).to(dtype)
+    out = resample_kv_with_interpolation(kv, 90)
+    assert out.dtype == dtype
+    assert torch.equal(out, resample_kv_with_interpolation(kv.to(torch.float32), 90).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "indices", "message"),
+    [
+        pytest.param((3, 8, 4), torch.zeros(2, dtype=torch.int64), r"x \[3, 8, 4\]", id="x-not-4d"),
+        pytest.param((2, 3, 8, 4), torch.zeros(3, 2, dtype=torch.int64), r"indices \[3, 2\]", id="batch-differs"),
+        pytest.param((2, 3, 8, 4), torch.zeros(2), "dtype torch.float32, expected an integer", id="float-indices"),
+        pytest.param((2, 3, 8, 4), torch.zeros(2, dtype=torch.bool), "dtype torch.bool", id="bool-indices"),
+        pytest.param((2, 3, 0, 4), torch.zeros(2, dtype=torch.int64), r"x \[2, 3, 0, 4\] without tokens", id="no-tokens"),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused_with_its_shape(
+    x_shape: tuple[int, ...], indices: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        safe_time_resample(torch.zeros(x_shape), indices)
+
+
+def test_interpolating_a_tensor_that_is_not_4d_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got kv \[2, 8, 4\], expected \[B, H, T_in, D\]"):
+        resample_kv_with_interpolation(torch.zeros(2, 8, 4), 3)

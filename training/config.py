@@ -1,0 +1,103 @@
+"""Settings of a training run. Imports pydantic only, so that parsing comes before anything heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class TrainConfig(BaseModel):
+    """A run of `kvpipe train`: a store, a student, a folder, and how to train."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    store: Path
+    """Folder of the store to train from."""
+    student: str
+    """Student: a TOML file or preset of configs/students (fresh weights), or a model folder or hub name (pretrained)."""
+    out: Path
+    """Folder of the run: checkpoints, metrics.jsonl, summary.json, loss.png and the final model under `model/`."""
+
+    steps: Positive = 1000
+    """Optimizer steps of the whole run."""
+    batch_size: Positive = 16
+    """Samples per optimizer step over all ranks and micro-batches; 16 windows were used in research/alignment.md 7."""
+    micro_batch_size: Positive | None = None
+    """Samples per forward pass of one rank: less memory, the same data. None for an equal share of batch_size per rank."""
+    learning_rate: float = Field(default=3e-4, gt=0.0)
+    """Peak learning rate, cosine to 0. Usual for fresh students of 0.1-1B; tiny ones want 6e-3, pretrained ones about 2e-5."""
+    warmup: Fraction = 0.03
+    """Fraction of the steps over which the learning rate rises from 0; 3 % is customary."""
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    """Decoupled weight decay (AdamW), on matrices only; as in research/alignment.md 7."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates; 0.95 is the language-model custom and was used in research/alignment.md 7."""
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
+    """Gradients are scaled down to this norm; 0 turns that off."""
+
+    kv_weight: float = Field(default=1.0, ge=0.0)
+    """Weight lambda of the KV loss against cross-entropy; 1 and 3 did about equally well (research/alignment.md 7.5)."""
+    kv_until: Fraction = 0.5
+    """Fraction of the steps with the KV loss, from the first; then lambda is 0. Half beat constant and three quarters (7.5)."""
+    ce_only: bool = False
+    """Control: plain cross-entropy in the same data order from the same initial weights; no KV is read."""
+    shuffle_targets: bool = False
+    """Control: every sample gets the keys and values of another sample of its batch."""
+    sink_tokens: int = Field(default=4, ge=0)
+    """First positions of a sample left out of the KV loss: attention sinks have outlier keys that would dominate it."""
+    layer_map: str = "last_aligned"
+    """Which teacher layer a student layer follows, where the store has no baked map; it beat `uniform` on every seed (7.5)."""
+    layers: str = "all"
+    """Student layers in the KV loss: 'all' that have a teacher layer, or a list such as '0,4,8-11' or '-1' for the last."""
+
+    seed: int = Field(default=0, ge=0)
+    """Initial weights and order of the data; runs of equal seed are comparable step by step."""
+    eval_fraction: Fraction = 0.05
+    """Share of the tokens held out by document; 0 for none. The choice depends on the documents' names, not on the seed."""
+    eval_max_tokens: Positive = 1_000_000
+    """Upper limit of the held-out tokens; a million tell losses 0.001 nats apart and cost seconds."""
+    eval_every: Positive = 100
+    """Steps between evaluations; there is always one at the end."""
+    save_every: Positive = 500
+    """Steps between checkpoints; the newest two are kept."""
+    log_every: Positive = 10
+    """Steps averaged in one line of metrics.jsonl."""
+    shuffle_window_bytes: Positive = 64 * 2**30
+    """Decoded bytes of whole shards among which samples are shuffled; costs no memory, only locality of the reads."""
+
+    resume: bool = False
+    """Continue from the newest complete checkpoint in `out`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass; weights and losses stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes an accelerator if there is one."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
+    threads: Positive | None = None
+    """CPU threads of torch in each process; None leaves torch's choice. Losses repeat bit by bit only at an equal number."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read batches; 0 reads in a thread of this process while the model computes."""
+    report_to: tuple[str, ...] = ()
+    """Experiment trackers of transformers, such as 'tensorboard' or 'wandb'; none unless asked for."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.ce_only and self.shuffle_targets:
+            raise ValueError("ce_only and shuffle_targets: both are set, expected one; ce_only uses no targets to shuffle")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: got {self.micro_batch_size}, expected a divisor of batch_size {self.batch_size}"
+            )
+        if self.shuffle_targets and self.batch_size == 1:
+            raise ValueError("shuffle_targets: a batch of 1 has no other sample; set batch_size to 2 or more")
+        return self
+
+    @property
+    def kv_steps(self) -> int:
+        """Number of steps, from the first on, that use the KV loss."""
+        return 0 if self.ce_only or self.kv_weight == 0 else round(self.kv_until * self.steps)

@@ -1,0 +1,151 @@
+"""Samples of a store as padded tensors, read one batch at a time and one step ahead. Obeys the sampler; decides nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kvstore.reader import KVBatch, Store
+from training.losses import IGNORED
+from training.sampler import SampleBatch
+
+
+class TrainBatch(TypedDict):
+    """What the trainer gets: tensors of one micro-batch, right-padded."""
+
+    input_ids: Int64[Tensor, "batch token"]
+    attention_mask: Int64[Tensor, "batch token"]
+    labels: Int64[Tensor, "batch token"]
+    """The same ids, -100 where padded; the loss shifts them."""
+    step: int
+    num_predicted: int
+    num_targets: int
+    rows: Int64[Tensor, "row"]
+    """Compared positions, as `batch * num_tokens + token`; empty where no keys and values were read."""
+    teacher: list[tuple[Float[Tensor, "layer row kv_head key_dim"], Float[Tensor, "layer row kv_head value_dim"]]]
+    """Their keys and values for each block of layers of one geometry, as `KVDataset.blocks` lists them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadBatch:
+    """What one read brought, not yet padded."""
+
+    request: SampleBatch
+    tokens: KVBatch
+    targets: tuple[KVBatch, ...]
+    """One for each block of layers; empty where the request wants none."""
+
+
+class KVDataset(Dataset[ReadBatch]):
+    """A store as a map-style dataset that reads a whole batch at once.
+
+    Pickles as the store's path: a worker process opens its own. Read by one thread at a time.
+    """
+
+    def __init__(self, store: Store, layers: Sequence[int]) -> None:
+        """Wrap a store.
+
+        Args:
+            layers: teacher layers to read where a batch wants keys and values.
+        """
+        self._store = store
+        by_geometry: dict[tuple[int, int, int], list[int]] = {}
+        for layer in sorted(set(layers)):
+            by_geometry.setdefault(store.spec.layer(layer).geometry, []).append(layer)
+        self.blocks: tuple[tuple[int, ...], ...] = tuple(tuple(block) for block in by_geometry.values())
+        """The layers, those of equal geometry together: each block is one array and one read."""
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: int) -> ReadBatch:
+        length = int(self._store.samples.num_tokens[index])
+        return self.__getitems__(SampleBatch([index], step=0, num_predicted=length - 1, targets=[index], num_targets=length))
+
+    def __getitems__(self, request: SampleBatch) -> ReadBatch:
+        """Read one micro-batch: a native read per array, of token ids only where the request wants no targets."""
+        if request.targets is None or not self.blocks:
+            return ReadBatch(request, self._store.read(request, layers=()), ())
+        targets = tuple(self._store.read(request.targets, layers=block) for block in self.blocks)
+        own = list(request.targets) == list(request)
+        return ReadBatch(request, targets[0] if own else self._store.read(request, layers=()), targets)
+
+
+class KVCollator:
+    """Pads what was read and picks the rows to compare: valid in both sequences and past the attention sinks."""
+
+    def __init__(self, *, sink_tokens: int, pad_id: int = 0) -> None:
+        self._sink_tokens, self._pad_id = sink_tokens, pad_id
+
+    def __call__(self, read: Any) -> TrainBatch:
+        """Pad what `KVDataset` read; torch types what comes from a dataset as a list."""
+        assert isinstance(read, ReadBatch)
+        lengths = np.diff(read.tokens.cu_seqlens)
+        valid = np.arange(lengths.max()) < lengths[:, None]
+        input_ids = np.full(valid.shape, self._pad_id, dtype=np.int64)
+        input_ids[valid] = read.tokens.input_ids
+        rows, sources = self._rows(lengths, valid.shape[1], read.targets)
+        return TrainBatch(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(valid.astype(np.int64)),
+            labels=torch.from_numpy(np.where(valid, input_ids, IGNORED)),
+            step=read.request.step,
+            num_predicted=read.request.num_predicted,
+            num_targets=read.request.num_targets,
+            rows=rows,
+            teacher=[(_select(block.key, sources), _select(block.value, sources)) for block in read.targets],
+        )
+
+    def _rows(
+        self, lengths: Int64[np.ndarray, "batch"], padded: int, targets: Sequence[KVBatch]
+    ) -> tuple[Int64[Tensor, "row"], Int64[Tensor, "row"]]:
+        """Where the compared positions lie in the padded batch, and where in the targets' packed tokens."""
+        if not targets:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        starts = targets[0].cu_seqlens
+        common = np.minimum(lengths, np.diff(starts))[:, None]
+        token = np.arange(padded)
+        sample, token = np.nonzero((token >= self._sink_tokens) & (token < common))
+        return torch.from_numpy(sample * padded + token), torch.from_numpy(starts[sample] + token)
+
+
+def _select(values: np.ndarray, rows: Tensor) -> Tensor:
+    """Those tokens of packed keys or values, without a copy where it is all of them."""
+    packed = torch.from_numpy(values)
+    return packed if len(rows) == packed.shape[1] else packed.index_select(1, rows)
+
+
+class KVDataLoader(DataLoader[Any]):
+    """A DataLoader whose batch sampler learns the epoch from `transformers.Trainer`, which asks the loader to pass it on."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]  # always a KVBatchSampler here
+
+
+class ReadAhead:
+    """Takes batches from one iterator, fetching the next in a thread while the caller uses the present one.
+
+    Two batches are in memory at a time. The iterator is only ever advanced by one thread at once.
+    """
+
+    def __init__(self, batches: Iterator[TrainBatch], executor: ThreadPoolExecutor) -> None:
+        self._batches, self._executor = batches, executor
+        self._pending: Future[TrainBatch | None] | None = None
+
+    def next(self) -> TrainBatch:
+        """The next batch; an error of its reading appears here."""
+        batch = (self._pending or self._submit()).result()
+        assert batch is not None, "the sampler's length promised another batch"
+        self._pending = self._submit()
+        return batch
+
+    def _submit(self) -> Future[TrainBatch | None]:
+        return self._executor.submit(next, self._batches, None)

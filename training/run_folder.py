@@ -1,0 +1,164 @@
+"""The folder of a run: what identifies it, its metrics, its checkpoints, its summary. Knows no model and no tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kvstore.records import differences
+from training.config import TrainConfig
+from training.report import METRICS, read_metrics
+
+RUN = "run.json"
+SUMMARY = "summary.json"
+MODEL = "model"
+PLOT = "loss.png"
+
+FREE_FIELDS = frozenset(
+    {"store", "out", "resume", "threads", "workers", "device", "report_to", "micro_batch_size", "activation_checkpointing"}
+)
+"""Settings a resumed run may change: they say where and how it computes, not what."""
+
+
+class TrainSummary(BaseModel):
+    """What a finished run came to; `summary.json` holds it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    out: Path
+    steps: int
+    tokens: int
+    """Tokens predicted in training, repeats over epochs counted."""
+    seconds: float
+    """Wall time of training and evaluation, over all resumed parts."""
+    train_ce: float
+    """Cross-entropy of the last logged steps, nats per token."""
+    eval_loss: float | None
+    """Cross-entropy on the held-out documents after the last step, nats per token; None where nothing was held out."""
+    eval_nats_per_byte: float | None
+    """The same per byte of the text predicted, which compares across tokenizers."""
+    num_train_samples: int
+    num_dropped_samples: int
+    """Training samples each epoch leaves out because they fill no whole batch."""
+    num_held_out_samples: int
+    peak_rss_bytes: int
+    """Largest memory of this process."""
+    peak_device_bytes: int | None
+    """Largest memory torch held on the GPU; None on CPU."""
+    store_fingerprint: str
+    config: TrainConfig
+
+
+class RunFolder:
+    """One run's folder on disk, written by the main process only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def summary(self) -> TrainSummary | None:
+        """The summary, if the run is finished."""
+        path = self.path / SUMMARY
+        return TrainSummary.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+    def recorded(self) -> dict[str, Any] | None:
+        """The identity of the run in this folder, None where there is none."""
+        path = self.path / RUN
+        if not path.is_file():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); the run is damaged, choose another --out") from error
+        return record
+
+    def refuse_unless_resuming(self, resume: bool) -> None:
+        """Keep a new run from mixing with another's files.
+
+        Raises:
+            ValueError: the folder holds a run and `resume` was not asked for, or checkpoints of nobody knows what.
+        """
+        if not (self.path / RUN).exists() and any(self.path.glob("checkpoint-*")):
+            raise ValueError(f"out: {self.path} holds checkpoints but no {RUN}; choose another --out")
+        if not resume and (self.path / RUN).exists():
+            raise ValueError(f"out: {self.path} already holds a run; continue it with --resume, or choose another --out")
+
+    def refuse_other(self, identity: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Compare some parts of an identity with that of the run in this folder.
+
+        Raises:
+            ValueError: they differ; every differing field is named with what this run has and what the folder's has.
+        """
+        recorded = self.recorded() or {}
+        found = [str(difference) for part in parts for difference in differences(identity.get(part), recorded.get(part), part)]
+        if found:
+            raise ValueError(
+                f"--resume: this run differs from the one in {self.path} in {len(found)} field(s):\n  "
+                + "\n  ".join(found)
+                + "\nUse the run's own settings and store to continue it, or choose another --out."
+            )
+
+    def begin(self, identity: Mapping[str, Any]) -> Path | None:
+        """Start the run, or continue it: the checkpoint to continue from, None to start at step 0.
+
+        Metrics logged after that checkpoint are forgotten: their steps will be run again.
+
+        Raises:
+            ValueError: the folder holds a run of another identity.
+        """
+        if self.recorded() is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / RUN, json.dumps(identity, indent=1) + "\n")
+        self.refuse_other(identity, list(identity))
+        checkpoint = self.last_checkpoint()
+        step = 0 if checkpoint is None else _step_of(checkpoint)
+        kept = [record for record in read_metrics(self.path / METRICS) if record["step"] <= step]
+        write_text(self.path / METRICS, "".join(f"{json.dumps(record)}\n" for record in kept))
+        return checkpoint
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end: the Trainer writes `trainer_state.json` last."""
+        checkpoints = sorted(self.path.glob("checkpoint-*"), key=_step_of, reverse=True)
+        return next((path for path in checkpoints if _is_json(path / "trainer_state.json")), None)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the metrics."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(record)}\n")
+
+    def finish(self, summary: TrainSummary) -> None:
+        """Write the summary; from here on the run counts as finished."""
+        write_text(self.path / SUMMARY, summary.model_dump_json(indent=1) + "\n")
+
+
+def to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as JSON gives it back, lists for tuples, so that it compares with what a file holds."""
+    plain: dict[str, Any] = json.loads(json.dumps(record))
+    return plain
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once or not at all."""
+    staged = path.with_name(f".{path.name}.partial")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True

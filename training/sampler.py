@@ -1,0 +1,240 @@
+"""Which samples are trained on, in which order, and which are held out: pure functions of the store's sample table.
+
+Numpy only: no torch, no files. Every stored sample is seen once per epoch, however often the data had it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+
+def permutation(n: int, *key: object) -> Int64[np.ndarray, "n"]:
+    """Permute 0..n-1 by a key, the same on every machine and numpy version.
+
+    Only a bit generator's raw output is frozen by numpy (NEP 19); `Generator.permutation` may change.
+    """
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    return np.argsort(generator.random_raw(n), kind="stable").astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SampleTable:
+    """The samples a run draws from: parallel columns."""
+
+    index: Int64[np.ndarray, "sample"]
+    """Number of the sample in its store."""
+    shard: Int[np.ndarray, "sample"]
+    num_tokens: Int[np.ndarray, "sample"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def epoch_order(
+    shard: Int[np.ndarray, "sample"],
+    num_tokens: Int[np.ndarray, "sample"],
+    *,
+    seed: int,
+    epoch: int,
+    window_tokens: int,
+) -> Int64[np.ndarray, "sample"]:
+    """Order the samples of one epoch: shards permuted, then samples permuted inside windows of whole shards.
+
+    Args:
+        window_tokens: a window takes shards until it has this many tokens; one shard at least.
+    """
+    if len(shard) == 0:
+        return np.zeros(0, dtype=np.int64)
+    by_shard = np.argsort(shard, kind="stable").astype(np.int64)
+    _, starts = np.unique(shard[by_shard], return_index=True)
+    members = np.split(by_shard, starts[1:])
+    windows: list[list[np.ndarray]] = [[]]
+    filled = 0
+    for index in permutation(len(members), seed, epoch, "shards"):
+        if filled >= window_tokens:
+            windows.append([])
+            filled = 0
+        windows[-1].append(members[index])
+        filled += int(num_tokens[members[index]].sum())
+    joined = [np.concatenate(window) for window in windows]
+    return np.concatenate(
+        [window[permutation(len(window), seed, epoch, "window", number)] for number, window in enumerate(joined)]
+    )
+
+
+def split_held_out(
+    ids: Sequence[str],
+    source: Sequence[str],
+    num_tokens: Int[np.ndarray, "sample"],
+    *,
+    fraction: float,
+    max_tokens: int,
+) -> tuple[Int64[np.ndarray, "train"], Int64[np.ndarray, "held_out"]]:
+    """Split samples by document, so that no document has pieces on both sides; by sample where there is one document.
+
+    Documents come in the order of their name's sha256 and are held out as long as they fit; if none fits, the smallest is.
+
+    Args:
+        fraction: largest share of all tokens to hold out.
+        max_tokens: largest number of tokens to hold out.
+
+    Raises:
+        ValueError: something is to be held out of fewer than two samples.
+    """
+    everything = np.arange(len(ids), dtype=np.int64)
+    if fraction == 0:
+        return everything, everything[:0]
+    if len(ids) < 2:
+        raise ValueError(f"eval_fraction: got {fraction}, but the store has {len(ids)} sample(s); set it to 0")
+    names = ids if len(set(source)) < 2 else source
+    documents = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    number = {name: index for index, name in enumerate(documents)}
+    group = np.fromiter((number[name] for name in names), dtype=np.int64, count=len(names))
+    tokens = np.bincount(group, weights=num_tokens).astype(np.int64)
+    budget = min(fraction * int(tokens.sum()), max_tokens)
+    chosen: list[int] = []
+    for index in range(len(documents)):
+        if tokens[index] <= budget and len(chosen) < len(documents) - 1:
+            chosen.append(index)
+            budget -= int(tokens[index])
+    held_out = np.isin(group, chosen or [int(np.argmin(tokens))])
+    return everything[~held_out], everything[held_out]
+
+
+class SampleBatch(list[int]):
+    """Store indices of one micro-batch, with what the loader and the loss must know about it; to torch a plain list."""
+
+    def __init__(
+        self, samples: Iterable[int], *, step: int, num_predicted: int, targets: Sequence[int] | None, num_targets: int
+    ) -> None:
+        super().__init__(samples)
+        self.step = step
+        """The optimizer step, from 0, that this micro-batch belongs to."""
+        self.num_predicted = num_predicted
+        """Tokens predicted in that whole step, over all micro-batches and ranks: the one denominator of its cross-entropy."""
+        self.targets = targets
+        """Samples whose keys and values are the targets, one for each here; None where none are wanted, so none are read."""
+        self.num_targets = num_targets
+        """Positions compared in that whole step: the one denominator of its KV loss."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """What shapes the batches of a run besides the samples; equal for every rank."""
+
+    batch_size: int
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    seed: int
+    window_tokens: int
+    """Samples are shuffled inside windows of whole shards of at least this many tokens."""
+    kv_steps: int
+    """Steps, from the first on, that need keys and values."""
+    sink_tokens: int
+    """First positions of a sample that are not compared."""
+    shuffle_targets: bool = False
+    """Compare every sample with the next one of its global batch: the control with wrong targets."""
+
+
+def held_out_batches(table: SampleTable, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[SampleBatch]:
+    """One rank's batches of one pass in store order, without keys and values; the last may be short."""
+    batches = []
+    for first in range(rank * batch_size, len(table), world_size * batch_size):
+        rows = slice(first, first + batch_size)
+        predicted = int((table.num_tokens[rows].astype(np.int64) - 1).sum())
+        batches.append(SampleBatch(table.index[rows].tolist(), step=0, num_predicted=predicted, targets=None, num_targets=0))
+    return batches
+
+
+class KVBatchSampler:
+    """Micro-batches of one rank: any number of ranks and any micro-batch size cut the same global batches.
+
+    Serves as `batch_sampler` of a torch DataLoader over a map-style dataset; batches are skipped without a read. Samples that
+    fill no whole global batch are dropped, others in each epoch; `dropped` says how many.
+    """
+
+    def __init__(
+        self,
+        table: SampleTable,
+        plan: BatchPlan,
+        *,
+        micro_batch_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Plan over the samples of a table.
+
+        Args:
+            micro_batch_size: samples per batch yielded; None for the rank's share of a global batch.
+
+        Raises:
+            ValueError: the batch does not divide over ranks and micro-batches, or there are fewer samples than one batch.
+        """
+        self.batch_size = micro_batch_size or max(plan.batch_size // world_size, 1)
+        """Samples per batch yielded, under the name torch and accelerate look for."""
+        if plan.batch_size % (self.batch_size * world_size):
+            raise ValueError(
+                f"batch_size: got {plan.batch_size}, expected a multiple of micro_batch_size x ranks = "
+                f"{self.batch_size} x {world_size}; change one of them"
+            )
+        if len(table) < plan.batch_size:
+            raise ValueError(
+                f"batch_size: got {plan.batch_size}, but there are {len(table)} training samples; "
+                "use a smaller batch or eval_fraction, or extract more data"
+            )
+        self.drop_last = True
+        self.epoch = 0
+        self._table, self._plan, self._rank, self._world_size = table, plan, rank, world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return len(self._table) // self._plan.batch_size
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Batches this rank yields for one optimizer step: the gradient accumulation."""
+        return self._plan.batch_size // (self.batch_size * self._world_size)
+
+    @property
+    def dropped(self) -> int:
+        """Samples left out of each epoch because they fill no whole global batch."""
+        return len(self._table) % self._plan.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.micro_batches_per_step
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        plan = self._plan
+        order = epoch_order(
+            self._table.shard, self._table.num_tokens, seed=plan.seed, epoch=self.epoch, window_tokens=plan.window_tokens
+        )
+        for number in range(self.steps_per_epoch):
+            rows = order[number * plan.batch_size : (number + 1) * plan.batch_size]
+            yield from self._step(self.epoch * self.steps_per_epoch + number, rows)
+
+    def _step(self, step: int, rows: Int64[np.ndarray, "sample"]) -> Iterator[SampleBatch]:
+        """This rank's micro-batches of one global batch."""
+        plan, table = self._plan, self._table
+        targets = np.roll(rows, -1) if plan.shuffle_targets else rows
+        lengths = table.num_tokens[rows].astype(np.int64)
+        compared = np.minimum(lengths, table.num_tokens[targets]) - plan.sink_tokens
+        with_kv = step < plan.kv_steps
+        for first in range(self._rank * self.batch_size, plan.batch_size, self._world_size * self.batch_size):
+            micro = slice(first, first + self.batch_size)
+            yield SampleBatch(
+                table.index[rows[micro]].tolist(),
+                step=step,
+                num_predicted=int((lengths - 1).sum()),
+                targets=table.index[targets[micro]].tolist() if with_kv else None,
+                num_targets=int(compared.clip(min=0).sum()) if with_kv else 0,
+            )

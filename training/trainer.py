@@ -1,0 +1,255 @@
+"""One training run in one folder, from settings to a saved student.
+
+Repeats bit by bit for equal settings on CPU, also across interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from kvstore.reader import Store, open_store
+from pipeline.models.probe import probe_kv_spec
+from training.config import TrainConfig
+from training.distill import KVDistillTrainer, KVObjective, TrainData
+from training.loader import KVCollator, KVDataset
+from training.report import plot_runs
+from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
+from training.sampler import BatchPlan, KVBatchSampler, SampleTable, held_out_batches, split_held_out
+from training.student import predicted_bytes, prepare_student, store_tokenizer
+from training.targets import KVTargets, measure_variances, plan_alignment
+
+__all__ = ["KVDistillTrainer", "run_training"]
+
+log = logging.getLogger(__name__)
+
+_SAMPLES_PER_READ = 256
+
+
+def run_training(config: TrainConfig) -> TrainSummary:
+    """Train a student as told and leave metrics, checkpoints, a plot, a summary and the model in `config.out`.
+
+    Under torchrun every rank calls this; the main one writes. Sets torch's number of threads while it runs.
+
+    Raises:
+        ValueError: settings, store and student do not fit each other; nothing was trained.
+        KVStoreError: the store is missing or damaged.
+    """
+    folder = RunFolder(config.out)
+    store = open_store(config.store)
+    if _is_main():
+        folder.refuse_unless_resuming(config.resume)
+    finished = folder.summary()
+    if finished is not None:
+        folder.refuse_other(_identity(config, store, None), ("store", "config"))
+        return finished
+    with _threads(config.threads):
+        return _train(config, folder, store)
+
+
+def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary:
+    tokenizer = store_tokenizer(store)
+    model = prepare_student(config.student, store, tokenizer, config.seed)
+    objective = _plan_objective(config, store, model, folder)
+    data = _plan_data(config, store, tokenizer, objective)
+    checkpoint = _begin(config, folder, store, objective)
+    use_cache = model.config.use_cache
+    trainer = KVDistillTrainer(
+        model=model,
+        args=_arguments(config, data),
+        tokenizer=tokenizer,
+        data=data,
+        objective=objective,
+        folder=folder,
+        workers=config.workers,
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.close()
+    model.config.use_cache = use_cache
+    summary = _summarise(config, store, data, trainer)
+    if _is_main():
+        _save_model(model, tokenizer, config.out / MODEL)
+        plot_runs({config.out.name: config.out}, config.out / PLOT)
+        folder.finish(summary)
+    return summary
+
+
+def _plan_objective(config: TrainConfig, store: Store, model: PreTrainedModel, folder: RunFolder) -> KVObjective | None:
+    """The KV term for this student, None where no step of the run has one."""
+    if config.kv_steps == 0:
+        return None
+    spec = probe_kv_spec(model, key_domain=store.spec.key_domain)
+    alignment = plan_alignment(store, spec, layer_map=config.layer_map, layers=config.layers)
+    targets = KVTargets(alignment)
+    recorded = folder.recorded() or {}
+    known = recorded.get("store") == store.manifest.fingerprint and recorded.get("alignment") == to_plain(alignment.to_json())
+    variances = recorded["variances"] if known else measure_variances(store, targets, sink_tokens=config.sink_tokens).tolist()
+    return KVObjective(
+        spec=spec, targets=targets, variances=torch.tensor(variances, dtype=torch.float32), weight=config.kv_weight
+    )
+
+
+def _plan_data(
+    config: TrainConfig, store: Store, tokenizer: PreTrainedTokenizerBase, objective: KVObjective | None
+) -> TrainData:
+    """Split the store and plan this rank's batches."""
+    samples = store.samples
+    train, held_out = (
+        SampleTable(chosen, samples.shard[chosen], samples.num_tokens[chosen])
+        for chosen in split_held_out(
+            samples.ids,
+            samples.source,
+            samples.num_tokens,
+            fraction=config.eval_fraction,
+            max_tokens=config.eval_max_tokens,
+        )
+    )
+    plan = BatchPlan(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        window_tokens=max(config.shuffle_window_bytes // (4 * store.spec.values_per_token), 1),
+        kv_steps=config.kv_steps,
+        sink_tokens=config.sink_tokens,
+        shuffle_targets=config.shuffle_targets,
+    )
+    rank, world_size = _rank()
+    batches = KVBatchSampler(train, plan, micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size)
+    if batches.dropped:
+        log.info("%d of %d training samples fill no whole batch and are left out of each epoch", batches.dropped, len(train))
+    return TrainData(
+        dataset=KVDataset(store, () if objective is None else objective.targets.alignment.teacher_layers),
+        batches=batches,
+        held_out=held_out_batches(held_out, batches.batch_size, rank=rank, world_size=world_size),
+        num_train=len(train),
+        num_held_out=len(held_out),
+        held_out_tokens=int(held_out.num_tokens.sum()) - len(held_out),
+        held_out_bytes=predicted_bytes(tokenizer, _token_ids(store, held_out.index.tolist())),
+        collator=KVCollator(sink_tokens=config.sink_tokens, pad_id=tokenizer.pad_token_id or 0),
+    )
+
+
+def _token_ids(store: Store, samples: list[int]) -> Iterator[list[int]]:
+    """Token ids of these samples, a few read at a time."""
+    for first in range(0, len(samples), _SAMPLES_PER_READ):
+        read = store.read(samples[first : first + _SAMPLES_PER_READ], layers=())
+        for start, end in itertools.pairwise(read.cu_seqlens):
+            yield read.input_ids[start:end].tolist()
+
+
+def _begin(config: TrainConfig, folder: RunFolder, store: Store, objective: KVObjective | None) -> Path | None:
+    """Start or continue the run's folder: the checkpoint to continue from, None to start at step 0."""
+    if not _is_main():
+        return folder.last_checkpoint()
+    checkpoint = folder.begin(_identity(config, store, objective))
+    if config.resume:
+        log.info("continuing from %s", checkpoint or "step 0: no complete checkpoint yet")
+    return checkpoint
+
+
+def _identity(config: TrainConfig, store: Store, objective: KVObjective | None) -> dict[str, Any]:
+    """Everything the numbers of a run follow from, as JSON."""
+    return to_plain(
+        {
+            "store": store.manifest.fingerprint,
+            "config": config.model_dump(mode="json", exclude=set(FREE_FIELDS)),
+            "alignment": None if objective is None else objective.targets.alignment.to_json(),
+            "variances": None if objective is None else objective.variances.tolist(),
+        }
+    )
+
+
+def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but torch sees no GPU; set device to cpu or auto, or install a CUDA build of torch")
+    arguments = TrainingArguments(
+        output_dir=str(config.out),
+        max_steps=config.steps,
+        per_device_train_batch_size=data.batches.batch_size,
+        per_device_eval_batch_size=data.batches.batch_size,
+        gradient_accumulation_steps=data.batches.micro_batches_per_step,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup * config.steps),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.dtype == "bfloat16",
+        use_cpu=config.device == "cpu",
+        activation_checkpointing=config.activation_checkpointing,
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if data.held_out else "no",
+        eval_steps=config.eval_every,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"device: {arguments.n_gpu} GPUs are visible to one process, expected one; start one process per GPU with "
+            "'torchrun --nproc-per-node', or set CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
+
+
+def _summarise(config: TrainConfig, store: Store, data: TrainData, trainer: KVDistillTrainer) -> TrainSummary:
+    history = trainer.state.log_history
+    held_out: dict[str, Any] = next((record for record in reversed(history) if "eval_loss" in record), {})
+    meter = trainer.meter.read()
+    return TrainSummary(
+        out=config.out,
+        steps=trainer.state.global_step,
+        tokens=int(meter["tokens"]),
+        seconds=meter["seconds"],
+        train_ce=next(record["ce"] for record in reversed(history) if "ce" in record),
+        eval_loss=held_out.get("eval_loss"),
+        eval_nats_per_byte=held_out.get("eval_nats_per_byte"),
+        num_train_samples=data.num_train,
+        num_dropped_samples=data.batches.dropped,
+        num_held_out_samples=data.num_held_out,
+        peak_rss_bytes=int(meter["peak_rss_bytes"]),
+        peak_device_bytes=torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
+        store_fingerprint=store.manifest.fingerprint,
+        config=config,
+    )
+
+
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Save the student so that transformers alone loads it."""
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rank() -> tuple[int, int]:
+    """(rank, world_size) as torchrun, accelerate and Ray tell their processes."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_main() -> bool:
+    return _rank()[0] == 0
