@@ -16,6 +16,7 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from kvstore.errors import CorruptShardError
 from kvstore.manifest import KINDS, Group, Kind, Manifest
 
 UNWRITTEN_TOKEN = -1
@@ -36,6 +37,29 @@ def calibration_fingerprint(calibration: Calibration) -> str | None:
                 digest.update(f"{path}/{kind}_{name}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
     return digest.hexdigest()
+
+
+def read_calibration(path: Path, manifest: Manifest) -> Calibration:
+    """Mean and step of every quantised array.
+
+    Raises:
+        CorruptShardError: they are not those the manifest names.
+    """
+    root = zarr.open_group(path, mode="r")
+    calibration: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
+    for group in manifest.groups:
+        for kind in KINDS:
+            if group.quantizer(kind) is not None:
+                names = (f"{group.path}/{kind}_{statistic}".lstrip("/") for statistic in ("mean", "step"))
+                mean, step = (np.asarray(root[name][...]) for name in names)  # type: ignore[index]  # zarr types a member as array or group
+                calibration.setdefault(group.path, {})[kind] = (mean, step)
+    actual = calibration_fingerprint(calibration)
+    if actual != manifest.calibration:
+        raise CorruptShardError(
+            f"calibration: mean and step arrays hash to {actual}, the manifest says {manifest.calibration} ({path}); "
+            "the store is damaged, extract again"
+        )
+    return calibration
 
 
 def create_arrays(path: Path, manifest: Manifest, calibration: Calibration) -> None:

@@ -6,18 +6,18 @@ One native read per array and call, whatever the number of samples: a busy main 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-import zarr
 from jaxtyping import Float32, Int32, Int64
 
 from kvstore import codec as codecs
-from kvstore.arrays import calibration_fingerprint, open_array
+from kvstore.arrays import Calibration, open_array, read_calibration
 from kvstore.commits import read_commit, token_crc32c
 from kvstore.errors import CorruptShardError
 from kvstore.manifest import ARRAYS, KINDS, TOKENIZER, Group, Kind, Manifest, read_manifest
@@ -72,7 +72,7 @@ class Store:
         folder = self.path / TOKENIZER
         return folder if folder.is_dir() else None
 
-    def read(self, sample_indices: Sequence[int], layers: Sequence[int] | None = None) -> KVBatch:
+    def read(self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None) -> KVBatch:
         """Read samples, decoded to float32.
 
         Args:
@@ -84,7 +84,7 @@ class Store:
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
         """
-        indices = [int(index) for index in sample_indices]
+        indices = [operator.index(index) for index in sample_indices]
         outside = [index for index in indices if not 0 <= index < len(self)]
         if outside:
             raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.path})")
@@ -145,7 +145,7 @@ class Store:
             return np.zeros((0, num_tokens, 0, 0), dtype=np.float32)
         decoded: dict[int, np.ndarray] = {}
         for group, slots in self._slots(layers):
-            mean, step = self._constants.get((group.path, kind), (None, None))
+            mean, step = self.calibration.get(group.path, {}).get(kind, (None, None))
             values = codecs.decode(
                 group.quantizer(kind),
                 codes[group.path, kind],
@@ -161,32 +161,9 @@ class Store:
         return np.stack([decoded[layer] for layer in layers])
 
     @cached_property
-    def _constants(self) -> dict[tuple[str, Kind], tuple[np.ndarray, np.ndarray]]:
-        """Mean and step of every quantised array, verified against the manifest."""
-        root = zarr.open_group(self.path / ARRAYS, mode="r")
-        constants: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
-        for group in self.manifest.groups:
-            node = root[group.path] if group.path else root
-            assert isinstance(node, zarr.Group)
-            for kind in KINDS:
-                if group.quantizer(kind) is not None:
-                    mean, step = (np.asarray(node[f"{kind}_{name}"][...]) for name in ("mean", "step"))  # type: ignore[index]  # zarr types a member as array or group
-                    constants.setdefault(group.path, {})[kind] = (mean, step)
-        actual = calibration_fingerprint(constants)
-        if actual != self.manifest.calibration:
-            raise CorruptShardError(
-                f"calibration: mean and step arrays hash to {actual}, the manifest says {self.manifest.calibration} "
-                f"({self.path / ARRAYS}); the store is damaged, extract again"
-            )
-        return {(path, kind): pair for path, kinds in constants.items() for kind, pair in kinds.items()}
-
-    @property
-    def calibration(self) -> dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]]:
-        """Mean and step arrays by group path and kind, as the writer wants them."""
-        nested: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
-        for (path, kind), pair in self._constants.items():
-            nested.setdefault(path, {})[kind] = pair
-        return nested
+    def calibration(self) -> Calibration:
+        """Mean and step of every quantised array, by group path and kind; verified against the manifest."""
+        return read_calibration(self.path / ARRAYS, self.manifest)
 
     def _verify_sizes(self, shard: int) -> None:
         """Compare a shard's files with its commit record when it is first touched: missing, truncated or foreign ones."""

@@ -40,6 +40,11 @@ def canonical_json(record: Any) -> str:
     return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def plain(record: Any) -> Any:
+    """The record as it comes back from JSON: tuples are lists."""
+    return json.loads(canonical_json(record))
+
+
 def fingerprint(record: Any) -> str:
     """sha256 of the canonical JSON, in hex: the same on every machine and Python version."""
     return hashlib.sha256(canonical_json(record).encode()).hexdigest()
@@ -50,6 +55,9 @@ def differences(got: Any, expected: Any, field: str = "") -> Iterator[Difference
     if isinstance(got, Mapping) and isinstance(expected, Mapping):
         for key in sorted(got.keys() | expected.keys()):
             yield from differences(got.get(key), expected.get(key), f"{field}.{key}" if field else key)
+    elif isinstance(got, list) and isinstance(expected, list) and len(got) == len(expected):
+        for index, (one, other) in enumerate(zip(got, expected, strict=True)):
+            yield from differences(one, other, f"{field}[{index}]")
     elif got != expected:
         yield Difference(field, got, expected)
 

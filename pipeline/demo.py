@@ -23,8 +23,8 @@ from pipeline.presets_path import configs_dir
 
 Say = Callable[[str], None]
 
-EXCERPT_BYTES = 1152
-"""Text taken from each file: nine samples of 128 bytes, so that many files are seen in few tokens."""
+EXCERPT_BYTES = 1408
+"""Text taken from each file: eleven samples of 128 bytes, so that many files are seen in few tokens."""
 _CORPUS, _STORE, _PLOT = "corpus.jsonl", "store", "loss.png"
 _ARMS = {"CE only": ("ce", ("--ce-only",)), "CE + KV": ("kv", ())}
 

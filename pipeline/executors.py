@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pipeline.plan import Task
 from pipeline.worker import Job, Moments, TaskResult, TeacherInfo, TeacherSource, Worker
@@ -24,6 +24,7 @@ class ExecutorError(RuntimeError):
     """Workers cannot be started, or keep being lost: the message says which task and what to look at."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs tasks on one or more workers; results come in the order they finish."""
 

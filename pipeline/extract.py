@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tqdm
@@ -25,6 +25,7 @@ from kvstore.arrays import Calibration, calibration_fingerprint
 from kvstore.codec import Codec, codec_named, fit_quantizer
 from kvstore.commits import committed_shards
 from kvstore.manifest import KINDS, Group, Kind, Manifest, plan_groups, read_manifest, refuse_mismatch
+from kvstore.records import plain
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.writer import create_store
@@ -186,7 +187,7 @@ def _signal(
     codec: Codec,
 ) -> dict[str, Any]:
     """Everything that shapes the numbers, but the calibration."""
-    return {
+    signal = {
         "capture_version": CAPTURE_VERSION,
         "transformers": transformers.__version__.split(".")[0],
         "weights": weights_fingerprint(resolved.path),
@@ -194,11 +195,13 @@ def _signal(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "dtype": info.spec.dtype,
         "attn_implementation": info.attn_implementation,
+        "teacher_layers": format_layers(info.spec.layer_numbers),
         "layers": format_layers(stored.layer_numbers),
         "spec": stored.to_json(),
         "alignment": alignment.to_json() if alignment else None,
         "codec": codec.name,
     }
+    return cast(dict[str, Any], plain(signal))
 
 
 def _resumes(root: Path, signal: dict[str, Any], data: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ Runs in this process or inside a Ray actor; tensors never leave it, only small r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,9 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from kvstore import open_store
+from kvstore.arrays import Calibration, read_calibration
 from kvstore.codec import ChannelMoments
-from kvstore.manifest import KINDS, Kind
+from kvstore.manifest import ARRAYS, KINDS, Kind, Manifest, read_manifest
 from kvstore.spec import KVSpec
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment
@@ -122,8 +123,8 @@ class Worker:
 
     def run(self, job: Job, task: Task) -> TaskResult:
         """Compute a task and commit its shard; a shard that is committed already is not written again."""
-        store = open_store(job.root)
-        writer = ShardWriter(job.root, store.manifest, store.calibration, task.shard)
+        manifest, calibration = _open_for_writing(job.root)
+        writer = ShardWriter(job.root, manifest, calibration, task.shard)
         started = time.perf_counter()
         if task.shard in self._kept:
             for layer, spans, key, value in self._kept.pop(task.shard):
@@ -176,6 +177,12 @@ class Worker:
             for position, row in enumerate(rows):
                 padded[position, : lengths[row]] = task.samples[row].input_ids
             yield rows, torch.from_numpy(padded).to(self._model.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_for_writing(root: Path) -> tuple[Manifest, Calibration]:
+    manifest = read_manifest(root)
+    return manifest, read_calibration(root / ARRAYS, manifest)
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -32,6 +32,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "qwen3": {**_GROUPED, "head_dim": 16},
     "gemma3_text": {**_GROUPED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gpt2": {},
+    "bloom": {},
     "gptj": {"rotary_dim": 8},
     "gpt_neox": {"intermediate_size": 128},
     "bert": {"intermediate_size": 128},

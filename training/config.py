@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -86,7 +86,7 @@ class TrainConfig(BaseModel):
     """Experiment trackers of transformers, such as 'tensorboard' or 'wandb'; none unless asked for."""
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
+    def _fields_agree(self) -> TrainConfig:
         if self.ce_only and self.shuffle_targets:
             raise ValueError("ce_only and shuffle_targets: both are set, expected one; ce_only uses no targets to shuffle")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:

@@ -50,7 +50,7 @@ class TrainData:
     num_train: int
     num_held_out: int
     held_out_tokens: int
-    """Tokens predicted in the held-out samples of all ranks."""
+    """Tokens predicted in the held-out samples; like the numbers above, of all ranks."""
     held_out_bytes: int
     """Bytes of their text."""
     collator: KVCollator
@@ -82,15 +82,15 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             args=args,
             processing_class=tokenizer,
             train_dataset=data.dataset,
-            eval_dataset=data.dataset if data.held_out else None,
+            eval_dataset=data.dataset if data.num_held_out else None,
         )
         # Both print to stdout, which is for results.
         self.remove_callback(PrinterCallback)
         self.add_callback(RunFlow())
         self.add_callback(Progress())
-        self._data, self._objective, self._folder, self._workers = data, objective, folder, workers
+        self._data, self._folder, self._workers = data, folder, workers
+        self._objective = objective and dataclasses.replace(objective, variances=objective.variances.to(args.device))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-        self._iterator: Any = None
         self._ahead: ReadAhead | None = None
         self._sums = StepSums(0 if objective is None else len(objective.targets.pairs), args.device)
         self.meter = Meter(folder)
@@ -119,14 +119,16 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, _device: Any) -> tuple[StepBatches, None]:
         """The micro-batches of one step, to be read while the one before computes; their counts come with them."""
-        if epoch_iterator is not self._iterator:
-            self._iterator, self._ahead = epoch_iterator, ReadAhead(epoch_iterator, self._executor)
-        assert self._ahead is not None
+        if self._ahead is None or self._ahead.left == 0:
+            per_epoch = self._data.batches.steps_per_epoch
+            done = self.state.global_step
+            steps = min(per_epoch - done % per_epoch, self.state.max_steps - done)
+            self._ahead = ReadAhead(epoch_iterator, steps * num_batches, self._executor)
         return StepBatches(self._ahead, num_batches, self.meter), None
 
     # ---- loss
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, **_kwargs: Any) -> Tensor:
         """This micro-batch's share of the step's loss: summed over micro-batches and ranks it is the mean over the step."""
         batch: TrainBatch = inputs
         assert batch["step"] == self.state.global_step, f"batch of step {batch['step']} in step {self.state.global_step}"
@@ -142,8 +144,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self._sums.add(batch["step"], ce, errors)
         self.meter.count(batch["step"], batch["num_predicted"])
         # DDP averages gradients over ranks, but the shares are to be summed.
-        loss = loss * self.accelerator.num_processes
-        return (loss, {"logits": logits}) if return_outputs else loss
+        share: Tensor = loss * self.accelerator.num_processes
+        return share
 
     def _tap(self, model: Any, objective: KVObjective) -> KVTap:
         return KVTap(self.accelerator.unwrap_model(model), objective.spec, layers=objective.targets.student_layers)
@@ -155,7 +157,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return kv_errors(
             targets.student_side(student),
             targets.teacher_side(teacher),
-            objective.variances.to(rows.device),
+            objective.variances,
             batch["num_targets"],
         )
 

@@ -131,21 +131,24 @@ class KVDataLoader(DataLoader[Any]):
 
 
 class ReadAhead:
-    """Takes batches from one iterator, fetching the next in a thread while the caller uses the present one.
+    """Takes a known number of batches from an iterator, fetching the next in a thread while the caller uses the present one.
 
     Two batches are in memory at a time. The iterator is only ever advanced by one thread at once.
     """
 
-    def __init__(self, batches: Iterator[TrainBatch], executor: ThreadPoolExecutor) -> None:
+    def __init__(self, batches: Iterator[TrainBatch], count: int, executor: ThreadPoolExecutor) -> None:
         self._batches, self._executor = batches, executor
-        self._pending: Future[TrainBatch | None] | None = None
+        self._pending: Future[TrainBatch] | None = None
+        self.left = count
+        """Batches still to be taken; none is fetched beyond them."""
 
     def next(self) -> TrainBatch:
         """The next batch; an error of its reading appears here."""
+        assert self.left > 0
         batch = (self._pending or self._submit()).result()
-        assert batch is not None, "the sampler's length promised another batch"
-        self._pending = self._submit()
+        self.left -= 1
+        self._pending = self._submit() if self.left else None
         return batch
 
-    def _submit(self) -> Future[TrainBatch | None]:
-        return self._executor.submit(next, self._batches, None)
+    def _submit(self) -> Future[TrainBatch]:
+        return self._executor.submit(next, self._batches)

@@ -70,7 +70,7 @@ class Meter:
             self._step = step
             self._tokens += num_predicted
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> dict[str, int | float]:
         """The present state, as the fields of a line of metrics."""
         return {
             "tokens": self._tokens,

@@ -48,13 +48,14 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> None:
         train.plot(*_series(records, "ce"), label=label, linewidth=1.5)
         steps, losses = _series(records, "eval_nats_per_byte" if per_byte else "eval_loss")
         held_out.plot(steps, losses, label=f"{label}: {losses[-1]:.3f}" if losses else label, marker="o", markersize=3)
-        switch = _last_kv_step(records)
-        if switch is not None:
-            train.axvline(switch, color="grey", linestyle=":", linewidth=1)
     train.set(title="Training", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
     unit = "byte" if per_byte else "token"
     held_out.set(title="Held-out documents", xlabel="optimizer step", ylabel=f"cross-entropy (nats per {unit})")
+    ends = {step for records in metrics.values() if (step := _last_kv_step(records)) is not None}
     for axes in (train, held_out):
+        for number, step in enumerate(sorted(ends)):
+            axes.axvline(step, color="grey", linestyle=":", linewidth=1, label="" if number else "KV loss ends")
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

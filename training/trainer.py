@@ -80,7 +80,7 @@ def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary
     summary = _summarise(config, store, data, trainer)
     if _is_main():
         _save_model(model, tokenizer, config.out / MODEL)
-        plot_runs({config.out.name: config.out}, config.out / PLOT)
+        plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
         folder.finish(summary)
     return summary
 
@@ -191,7 +191,7 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
         seed=config.seed,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if data.held_out else "no",
+        eval_strategy="steps" if data.num_held_out else "no",
         eval_steps=config.eval_every,
         save_steps=config.save_every,
         save_total_limit=2,

@@ -53,10 +53,10 @@ class KVProjector(nn.Module):
             Dt, Ds, teacher_rope or _rope_of_equal_base(Dt), student_rope or _rope_of_equal_base(Ds)
         )
         self._value_channels = spread_channels(Dt, Ds)
-        self.is_identity = Ht == Hs and self._key_channels == tuple(range(Dt))
+        is_identity = Ht == Hs and self._key_channels == tuple(range(Dt))
         self.key_residual: nn.Linear | None = None
         self.value_residual: nn.Linear | None = None
-        if trainable and not self.is_identity:
+        if trainable and not is_identity:
             self.key_residual, self.value_residual = _zero_linear(Dt, Ds), _zero_linear(Dt, Ds)
 
     def forward(
@@ -73,8 +73,6 @@ class KVProjector(nn.Module):
                 f"(projector: {self.extra_repr()}). Ht is num_key_value_heads, not num_attention_heads: take it from "
                 "key.shape[1]."
             )
-        if self.is_identity:
-            return k, v
         return (
             self._project(k, self._key_channels, self.key_residual),
             self._project(v, self._value_channels, self.value_residual),

@@ -27,6 +27,7 @@ CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 KeyValue = tuple[Float[Tensor, "batch kv_head token key_dim"], Float[Tensor, "batch kv_head token value_dim"]]
 OnLayer = Callable[[int, Tensor, Tensor], None]
+_Rotation = tuple[RotaryTables, RopeSpec]
 Sink = Callable[[int, Tensor, Tensor, object], None]
 """Called with layer number, key, value and the `position_embeddings` the attention module was given."""
 
@@ -153,7 +154,7 @@ class KVTap:
                 f"model has layers {format_layers(known)}. Was the spec probed on another model?"
             )
         self._modules = [known[number] for number in self._spec.layer_numbers]
-        self._seen: dict[int, tuple[Tensor, Tensor, RotaryTables | None] | None] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor, _Rotation | None] | None] = {}
         self._tables: dict[int, tuple[object, RotaryTables]] = {}
         self._running = False
         self._wants_grad = False
@@ -171,7 +172,7 @@ class KVTap:
         return self._stop and kind is StopForward
 
     def _begin(self, _model: nn.Module, _args: object) -> None:
-        self.kv.clear()
+        self.kv = {}
         self._seen.clear()
         self._tables.clear()
         self._running = True
@@ -182,14 +183,14 @@ class KVTap:
         if not self._running:
             return
         self._validate(layer, key, value)
-        tables = self._rotary_tables(layer, position_embeddings)
+        rotation = self._rotation_to_undo(layer, position_embeddings)
         if self._on_layer is None:
             # Un-rotation waits for the end of the forward: inside a checkpointed layer, operations that its
             # recomputation does not repeat would make torch reject the backward pass.
-            self._seen[layer] = (key, value, tables)
+            self._seen[layer] = (key, value, rotation)
         else:
             self._seen[layer] = None
-            self._on_layer(layer, self._in_domain(layer, key, tables), value)
+            self._on_layer(layer, _without(rotation, key), value)
         if self._stop and len(self._seen) == len(self._modules):
             self._collect()
             raise StopForward
@@ -198,7 +199,7 @@ class KVTap:
         if self._wants_grad and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"layer {layer}: keys and values have no gradient, because reentrant gradient checkpointing runs the forward "
-                "without one; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "without one; enable checkpointing with use_reentrant=False"
             )
         if self._on_layer is not None and key.requires_grad:
             raise CaptureError(
@@ -217,8 +218,8 @@ class KVTap:
                 f"{expected.geometry} as the spec says. Was the spec probed on another model?"
             )
 
-    def _rotary_tables(self, layer: int, position_embeddings: object) -> RotaryTables | None:
-        rope = self._rope_to_undo(layer)
+    def _rotation_to_undo(self, layer: int, position_embeddings: object) -> _Rotation | None:
+        rope = self._spec.rope_of(layer) if self._spec.key_domain == "pre_rope" else None
         if rope is None:
             return None
         # Layers share one object per forward; comparing its halves costs a device synchronisation, so do it once.
@@ -231,14 +232,7 @@ class KVTap:
                     "frequencies, expected one as its spec says. Was the spec probed on another model?"
                 )
             known = self._tables[id(position_embeddings)] = (position_embeddings, tables)
-        return known[1]
-
-    def _rope_to_undo(self, layer: int) -> RopeSpec | None:
-        return self._spec.rope_of(layer) if self._spec.key_domain == "pre_rope" else None
-
-    def _in_domain(self, layer: int, key: Tensor, tables: RotaryTables | None) -> Tensor:
-        rope = self._rope_to_undo(layer)
-        return key if rope is None or tables is None else unrotate(key, tables, rope)
+        return known[1], rope
 
     def _finish(self, _model: nn.Module, _args: object, _output: object) -> None:
         if missing := [number for number in self._spec.layer_numbers if number not in self._seen]:
@@ -249,9 +243,14 @@ class KVTap:
         self._running = False
         for layer, seen in self._seen.items():
             if seen is not None:
-                key, value, tables = seen
-                self.kv[layer] = (self._in_domain(layer, key, tables), value)
+                key, value, rotation = seen
+                self.kv[layer] = (_without(rotation, key), value)
         self._seen.clear()
+        self._tables.clear()
+
+
+def _without(rotation: _Rotation | None, key: Tensor) -> Tensor:
+    return key if rotation is None else unrotate(key, *rotation)
 
 
 @contextlib.contextmanager
@@ -276,6 +275,7 @@ def capture_kv(
     """Run the model just far enough to capture these layers; returns them, or nothing where `on_layer` takes them.
 
     Sequences are padded on the right and need no attention mask: no position of a causal model sees what follows it.
+    What is returned are inference tensors; `clone()` one before a loss with gradients uses it.
     """
     tap = KVTap(model, spec, layers, on_layer, stop=True)
     with torch.inference_mode(), evaluation_mode(model), tap:

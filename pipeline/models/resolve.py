@@ -89,7 +89,7 @@ def _folder(name: str) -> Path:
 
 
 def _snapshot(repo_id: str, revision: str | None, name: str) -> Path:
-    """Folder of one commit of a hub repository: from the hub if it answers, else from the local cache."""
+    """Folder of one commit of a hub repository: from the hub if it has it for us, else from the local cache."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     # The first is the HTTP library's own base error, whichever of httpx or httpx2 this client was built on.
@@ -99,7 +99,7 @@ def _snapshot(repo_id: str, revision: str | None, name: str) -> Path:
     )
     try:
         _within(HUB_TIMEOUT_S, lambda: HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S))
-    except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
+    except errors.HFValidationError as error:
         raise ModelLoadError(_hub_message(error, repo_id, revision, name)) from error
     except failures as error:
         try:

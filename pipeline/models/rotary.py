@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvstore.spec import RopeSpec
 
-RotaryTables = tuple[Float[Tensor, "batch token freq"], Float[Tensor, "batch token freq"]]
-"""Cosine and sine of every frequency at every position, in float32."""
+RotaryTables = tuple[Float[Tensor, "#batch token freq"], Float[Tensor, "#batch token freq"]]
+"""Cosine and sine of every frequency at every position, in float32; one row where all sequences start at 0."""
 
 
 def rotary_tables(position_embeddings: object, num_freqs: int | None = None) -> RotaryTables | None:

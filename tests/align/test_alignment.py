@@ -43,6 +43,13 @@ def test_last_aligned_is_the_default() -> None:
     assert alignment.teacher_layer_of(1) == 4
 
 
+def test_a_map_made_elsewhere_may_cross_layers() -> None:
+    spec = uniform_spec(40, 2, 16)
+    alignment = Alignment(teacher=spec, student=spec, layer_map=((0, 33), (1, 2), (2, 33)), layer_map_name="by hand")
+    assert alignment.teacher_layers == (2, 33)
+    assert alignment.stored_spec().layer_numbers == (2, 33)
+
+
 def test_a_deeper_student_shares_teacher_layers() -> None:
     alignment = Alignment.plan(uniform_spec(2, 4, 16), uniform_spec(4, 2, 16))
     assert alignment.layer_map == ((0, 0), (1, 0), (2, 0), (3, 1))

@@ -176,6 +176,11 @@ def test_the_value_map_is_orthonormal(Dt: int, Ds: int) -> None:
     assert torch.equal(gram, torch.eye(min(Dt, Ds), dtype=torch.float64))
 
 
+def test_a_map_that_changes_nothing_gives_the_same_object_back() -> None:
+    x = random_keys(4, 16)
+    assert project_geometry(x, 4, tuple(range(16)), -3) is x
+
+
 def test_channels_without_a_counterpart_are_zero_even_where_the_source_is_not_finite() -> None:
     x_HD = torch.tensor([[float("nan"), 2.0]])
     assert torch.equal(select_channels(x_HD, (1, None)), torch.tensor([[2.0, 0.0]]))

@@ -18,7 +18,6 @@ from pipeline.align import (
     safe_time_resample,
 )
 from pipeline.align.rope import rotate
-from pipeline.presets_path import configs_dir
 from tests.align.cases import DIM_PAIRS, HEAD_PAIRS, plain_rope
 
 QWEN: dict[str, dict[str, int]] = {"Qwen2.5-7B": {"d_model": 3584, "num_layers": 28}}
@@ -295,5 +294,7 @@ def test_the_students_head_dim_is_taken_from_the_preset_of_the_first_teachers_na
             KVDimensionProjector({stranger: {"d_model": 3584, "num_layers": 2}}, 512, 2)
 
 
-def test_the_shipped_configs_are_found() -> None:
-    assert (configs_dir() / "teachers").is_dir()
+def test_a_shipped_preset_gives_the_students_head_dim() -> None:
+    projector = KVDimensionProjector({"qwen2-7b": {"d_model": 3584, "num_layers": 28}}, 2048, 2)
+    k, v = random_kv(1, 4, 3, 128)
+    assert projector.project_teacher_kv("qwen2-7b", k, v)[0].shape == (1, 2, 3, 128)

@@ -5,6 +5,7 @@ The hub is a small HTTP server on this machine that answers as the real one does
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -23,6 +24,8 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import close_session
 
+from pipeline.models.load import load_causal_lm, load_tokenizer
+from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ModelLoadError, resolve_model, validate_checkpoint
 from tests.checkpoints import lay_out_hub_cache, save_checkpoint, tiny_model
 
@@ -130,14 +133,14 @@ def test_a_preset_resolves_offline_from_the_hub_cache(hf_home: Path, checkpoint:
 
 def test_the_environment_alone_makes_a_preset_resolve_and_load_offline(tmp_path: Path, checkpoint: Path) -> None:
     lay_out_hub_cache(tmp_path, "Qwen/Qwen2-7B", checkpoint)
-    code = (
-        "from pipeline.models.load import *; from pipeline.models.probe import probe_kv_spec\n"
-        "path = resolve_model('qwen2-7b').path\n"
-        "spec = probe_kv_spec(load_causal_lm(path)); print(len(load_tokenizer(path)), spec.layer(1).geometry)"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    code = "from pipeline.models.load import resolve_model; print(resolve_model('qwen2-7b').path)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "258 (4, 128, 128)"
+    path = Path(done.stdout.strip())
+    assert path.is_relative_to(tmp_path)
+    assert len(load_tokenizer(path)) == 258
+    assert probe_kv_spec(load_causal_lm(path)).layer(1).geometry == (4, 128, 128)
 
 
 def test_a_hub_id_and_a_revision_resolve_offline(hf_home: Path, tmp_path: Path, checkpoint: Path) -> None:
@@ -170,18 +173,28 @@ def test_a_mistyped_preset_is_answered_with_those_like_it(hf_home: Path) -> None
         resolve_model("qwen2-8b")
 
 
-def test_a_hub_that_never_answers_costs_at_most_five_seconds(
-    hf_home: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trickle", [pytest.param(False, id="silent"), pytest.param(True, id="trickling")])
+def test_a_hub_that_does_not_answer_costs_at_most_five_seconds(
+    hf_home: Path, monkeypatch: pytest.MonkeyPatch, trickle: bool
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    def answer_a_byte_at_a_time() -> None:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            for byte in b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 50:
+                connection.send(bytes([byte]))
+                stop.wait(0.2)
+
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if trickle:
+            threading.Thread(target=answer_a_byte_at_a_time, daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
         with pytest.raises(ModelLoadError, match=r"hub cannot be reached .*'hf download Qwen/Qwen2-7B'"):
             resolve_model("qwen2-7b")
         assert time.monotonic() - start < 5
-        commit = lay_out_hub_cache(hf_home, "Qwen/Qwen2-7B", checkpoint)
-        assert resolve_model("qwen2-7b").commit == commit
+    stop.set()
     close_session()
 
 
@@ -233,15 +246,19 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: FakeHub, status: int, cod
     assert "\n" not in str(caught.value)
 
 
-def test_a_gated_model_that_is_cached_still_resolves(hub: FakeHub, hf_home: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("code", ["GatedRepo", "RepoNotFound", "RevisionNotFound"])
+def test_a_model_the_hub_no_longer_gives_still_resolves_from_the_cache(
+    hub: FakeHub, hf_home: Path, checkpoint: Path, code: str
+) -> None:
     commit = lay_out_hub_cache(hf_home, "Qwen/Qwen2-7B", checkpoint)
-    hub.error = (403, "GatedRepo")
+    hub.error = (404, code)
     assert resolve_model("qwen2-7b").commit == commit
 
 
 def test_a_folder_resolves_to_itself(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
-    for name in (str(checkpoint), f"./{checkpoint.name}", checkpoint.name):
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    for name in (str(checkpoint), f"./{checkpoint.name}", checkpoint.name, f"~/{checkpoint.name}"):
         model = resolve_model(name)
         assert (model.path, model.id_or_path, model.commit) == (checkpoint, str(checkpoint), None)
 

@@ -24,7 +24,6 @@ num_attention_heads = 4
 num_key_value_heads = 1
 head_dim = 8
 max_position_embeddings = 128
-attention_dropout = 0.1
 """
 
 
@@ -42,7 +41,12 @@ def teacher_source(texts: list[str], seed: int = 0) -> Source:
     kv = []
     for ids in input_ids:
         captured = capture_kv(teacher, spec, torch.from_numpy(ids.astype(np.int64))[None])
-        kv.append({layer: (key[0].transpose(0, 1).numpy(), value[0].transpose(0, 1).numpy()) for layer, (key, value) in captured.items()})
+        kv.append(
+            {
+                layer: (key[0].transpose(0, 1).numpy(), value[0].transpose(0, 1).numpy())
+                for layer, (key, value) in captured.items()
+            }
+        )
     return Source(spec=spec, input_ids=input_ids, kv=kv)
 
 
@@ -69,6 +73,15 @@ def store_path(tmp_path_factory: pytest.TempPathFactory, source: Source, tokeniz
 
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Fresh, half the teacher's layers and KV heads."""
     path = tmp_path_factory.mktemp("student") / "tiny.toml"
     path.write_text(STUDENT)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def student_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same, but every step draws random numbers."""
+    path = tmp_path_factory.mktemp("student") / "dropout.toml"
+    path.write_text(f"{STUDENT}attention_dropout = 0.1\n")
     return str(path)

@@ -1,0 +1,79 @@
+"""Undoing a rotation, whatever form the model's tables have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.spec import RopeKind, RopeSpec
+from pipeline.models.rotary import rotary_tables, unrotate
+
+FREQUENCIES = (1.0, 0.3, 0.1, 0.01)
+ANGLES = torch.arange(7.0)[None, :, None] * torch.tensor(FREQUENCIES)
+
+
+def form(layout: str) -> object:
+    cos, sin = ANGLES.cos(), ANGLES.sin()
+    if layout == "blocks":
+        return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    if layout == "pairs":
+        return [cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)]
+    return torch.complex(cos, sin) if layout == "complex" else (cos, sin)
+
+
+@pytest.mark.parametrize("num_freqs", [None, 4])
+@pytest.mark.parametrize("layout", ["blocks", "pairs", "single", "complex"])
+def test_tables_of_every_form_come_out_the_same(layout: str, num_freqs: int | None) -> None:
+    tables = rotary_tables(form(layout), num_freqs)
+    assert tables is not None
+    assert torch.equal(tables[0], ANGLES.cos())
+    assert torch.equal(tables[1], ANGLES.sin())
+
+
+@pytest.mark.parametrize("layout", ["blocks", "pairs", "single", "complex"])
+def test_a_single_first_position_has_as_many_frequencies_as_asked_for(layout: str) -> None:
+    whole = form(layout)
+    first = whole[:, :1] if isinstance(whole, Tensor) else tuple(table[:, :1] for table in whole)
+    tables = rotary_tables(first, 4)
+    assert tables is not None
+    assert tables[0].shape == tables[1].shape == (1, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [
+        pytest.param(None, id="none"),
+        pytest.param(torch.zeros(1, 7, 8), id="one-real-tensor"),
+        pytest.param((torch.zeros(7, 8), torch.zeros(7, 8)), id="no-batch"),
+        pytest.param((torch.zeros(1, 7, 8), torch.zeros(1, 7, 4)), id="unequal"),
+        pytest.param((torch.zeros(1, 7, 6), torch.zeros(1, 7, 6)), id="other-number"),
+    ],
+)
+def test_what_is_no_table_of_these_frequencies_is_none(embeddings: object) -> None:
+    assert rotary_tables(embeddings, 4) is None
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.35])
+@pytest.mark.parametrize(
+    ("kind", "start", "pairs"),
+    [
+        pytest.param("half", 0, [(0, 4), (1, 5), (2, 6), (3, 7)], id="half"),
+        pytest.param("interleaved", 0, [(0, 1), (2, 3), (4, 5), (6, 7)], id="interleaved"),
+        pytest.param("half", 4, [(4, 8), (5, 9), (6, 10), (7, 11)], id="half-at-the-end"),
+        pytest.param("interleaved", 2, [(2, 3), (4, 5), (6, 7), (8, 9)], id="interleaved-in-the-middle"),
+    ],
+)
+def test_unrotate_inverts_the_rotation_written_out(
+    kind: RopeKind, start: int, pairs: list[tuple[int, int]], scaling: float
+) -> None:
+    key = torch.randn(2, 3, 7, 12, generator=torch.Generator().manual_seed(0))
+    rotated = key.clone()
+    for frequency, (first, second) in enumerate(pairs):
+        angle = ANGLES[0, :, frequency]
+        rotated[..., first] = scaling * (key[..., first] * angle.cos() - key[..., second] * angle.sin())
+        rotated[..., second] = scaling * (key[..., second] * angle.cos() + key[..., first] * angle.sin())
+    rope = RopeSpec(kind=kind, inv_freq=FREQUENCIES, start=start, attention_scaling=scaling)
+    restored = unrotate(rotated, (ANGLES.cos() * scaling, ANGLES.sin() * scaling), rope)
+    torch.testing.assert_close(restored, key, rtol=1e-5, atol=1e-6)
+    assert unrotate(rotated.bfloat16(), (ANGLES.cos(), ANGLES.sin()), rope).dtype == torch.bfloat16

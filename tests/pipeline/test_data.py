@@ -1,0 +1,187 @@
+"""Reading documents and cutting them into samples, from every kind of source, real files of each."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.commits import sample_id
+from pipeline.data import Document, make_samples, read_documents, shuffled
+from tests.checkpoints import byte_tokenizer
+
+TEXTS = ["first text", "zweiter Text mit Ümlaut", "第三 🙂"]
+ROWS = [{"text": text, "n": number} for number, text in enumerate(TEXTS)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def write_plain(path: Path) -> str:
+    (path / "rows.jsonl").write_bytes(LINES)
+    return str(path / "rows.jsonl")
+
+
+def write_gzip(path: Path) -> str:
+    (path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
+    return str(path / "rows.jsonl.gz")
+
+
+def write_zstd(path: Path) -> str:
+    (path / "rows.jsonl.zst").write_bytes(zstandard.compress(LINES))
+    return str(path / "rows.jsonl.zst")
+
+
+def write_parquet(path: Path) -> str:
+    pq.write_table(pa.Table.from_pylist(ROWS), path / "rows.parquet")
+    return str(path / "rows.parquet")
+
+
+def write_dataset(path: Path) -> str:
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(path / "set"))
+    return str(path / "set")
+
+
+def write_splits(path: Path) -> str:
+    splits = {"train": datasets.Dataset.from_list(ROWS), "other": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(splits).save_to_disk(str(path / "splits"))
+    return str(path / "splits")
+
+
+def write_files(path: Path) -> str:
+    for number, text in enumerate(TEXTS):
+        (path / f"{number}.txt").write_text(text, encoding="utf-8")
+    return str(path / "*.txt")
+
+
+SOURCES = [write_plain, write_gzip, write_zstd, write_parquet, write_dataset, write_splits, write_files]
+
+
+@pytest.mark.parametrize("write", SOURCES, ids=lambda write: write.__name__)
+def test_every_kind_of_source_gives_the_same_texts(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    documents = list(read_documents([write(tmp_path)]))
+    assert [document.text for document in documents] == TEXTS
+    assert len({document.source for document in documents}) == 3
+
+
+def test_several_sources_follow_each_other(tmp_path: Path) -> None:
+    both = [write_plain(tmp_path), write_files(tmp_path)]
+    assert [document.text for document in read_documents(both)] == TEXTS * 2
+
+
+def test_globs_reach_subfolders(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "deep.txt").write_text("deep")
+    assert [document.text for document in read_documents([str(tmp_path / "**" / "*.txt")])] == ["deep"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda path: str(path / "none.txt"), "does not exist", id="missing"),
+        pytest.param(lambda path: str(path / "*.md"), r"no file matches '.*\*\.md'", id="empty-glob"),
+        pytest.param(lambda path: str(path), "was not saved by datasets", id="folder"),
+        pytest.param(lambda path: _write(path / "x.txt", b"\xff\xfe\x00"), r"x\.txt is not UTF-8 text \(byte 0\)", id="binary"),
+        pytest.param(lambda path: _write(path / "x.jsonl", b'{"text": "a"}\n{"te'), "not complete JSON lines", id="cut-jsonl"),
+        pytest.param(lambda path: _write(path / "x.jsonl", b"[1]\n"), "line 1 is not an object", id="no-object"),
+        pytest.param(
+            lambda path: _write(path / "x.jsonl.gz", gzip.compress(LINES * 50)[:-30]), "not complete JSON lines", id="cut-gz"
+        ),
+        pytest.param(lambda path: _write(path / "x.jsonl.zst", b"nonsense"), "not complete JSON lines", id="not-zstd"),
+        pytest.param(lambda path: _write(path / "x.parquet", b"PAR1"), "not readable parquet", id="cut-parquet"),
+        pytest.param(
+            lambda path: _write(path / "x.jsonl", b'{"body": "a"}\n'), r"no text in 'text'; its fields are body", id="field"
+        ),
+    ],
+)
+def test_bad_data_is_named_with_what_to_do(tmp_path: Path, damage: Callable[[Path], str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(read_documents([damage(tmp_path)]))
+
+
+def _write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_a_missing_split_lists_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got 'test', but .* has train, other"):
+        list(read_documents([write_splits(tmp_path)], split="test"))
+
+
+def test_another_text_field_is_read(tmp_path: Path) -> None:
+    path = _write(tmp_path / "x.jsonl", b'{"body": "hello"}\n')
+    assert [document.text for document in read_documents([path], text_field="body")] == ["hello"]
+
+
+def test_a_hub_data_set_that_cannot_be_reached_is_one_message() -> None:
+    with pytest.raises(ValueError, match=r"hub data set 'nobody/nothing' cannot be read .* local files"):
+        list(read_documents(["nobody/nothing:config"]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.text(max_size=60), max_size=8), seq_len=st.integers(2, 40))
+def test_samples_hold_every_token_once_and_their_text(texts: list[str], seq_len: int) -> None:
+    tokenizer = byte_tokenizer()
+    documents = [Document(source=str(number), text=f"{number}:{text}") for number, text in enumerate(texts)]
+    expected = {}
+    for document in documents:
+        ids = tokenizer(document.text)["input_ids"]
+        for start in range(0, len(ids), seq_len):
+            if len(ids[start : start + seq_len]) > 1:
+                expected.setdefault(tuple(ids[start : start + seq_len]), []).append(document.source)
+    if not expected:
+        with pytest.raises(ValueError, match="no sample of at least two tokens"):
+            make_samples(documents, tokenizer, seq_len=seq_len)
+        return
+    samples = make_samples(documents, tokenizer, seq_len=seq_len)
+    assert {tuple(sample.input_ids.tolist()): sample.count for sample in samples} == {
+        ids: len(sources) for ids, sources in expected.items()
+    }
+    for sample in samples:
+        assert sample.id == sample_id(sample.input_ids)
+        assert sample.text is not None
+        assert tokenizer.decode(sample.input_ids).strip("�") in sample.text
+
+
+def test_equal_texts_are_one_sample_with_its_count() -> None:
+    documents = [Document(source=str(number), text="the same text") for number in range(3)]
+    (sample,) = make_samples(documents, byte_tokenizer(), seq_len=100)
+    assert (sample.count, sample.source) == (3, "0")
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [({"limit": 3}, 3), ({"max_tokens": 25}, 2), ({"max_tokens": 0}, 6), ({"limit": 9, "max_tokens": 30}, 3), ({}, 6)],
+)
+def test_limits_stop_in_time(limits: dict[str, int], expected: int) -> None:
+    documents = [Document(source=str(number), text=f"text no. {number}") for number in range(6)]
+    assert len(make_samples(documents, byte_tokenizer(), seq_len=64, **limits)) == expected
+
+
+def test_text_is_left_out_on_request() -> None:
+    (sample,) = make_samples([Document(source="a", text="some text")], byte_tokenizer(), seq_len=64, keep_text=False)
+    assert sample.text is None
+
+
+@pytest.mark.parametrize("buffer", [1, 4, 100])
+def test_shuffling_keeps_every_document_and_depends_on_the_seed_alone(buffer: int) -> None:
+    documents = [Document(source=str(number), text="") for number in range(50)]
+    first, again, other = ([int(document.source) for document in shuffled(documents, seed, buffer)] for seed in (1, 1, 2))
+    assert first == again
+    assert sorted(first) == sorted(other) == list(range(50))
+    if buffer > 1:
+        assert first != list(range(50))
+        assert first != other
+
+
+def test_the_shuffle_is_pinned() -> None:
+    documents = [Document(source=str(number), text="") for number in range(8)]
+    assert [int(document.source) for document in shuffled(documents, 7)] == [3, 1, 2, 0, 5, 4, 6, 7]

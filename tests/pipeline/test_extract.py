@@ -1,0 +1,353 @@
+"""Whole extractions with real teachers: what is stored, resuming after SIGKILL, refusing, baking, Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers
+
+from kvstore import FingerprintMismatchError, Store, open_store
+from pipeline.align import Alignment
+from pipeline.config import ExtractConfig
+from pipeline.executors import ExecutorError, RayExecutor
+from pipeline.extract import ExtractSummary, extract
+from pipeline.models.resolve import resolve_model
+from pipeline.plan import padded_length, plan_batches
+from pipeline.worker import TeacherSource
+from tests.checkpoints import save_checkpoint
+
+STDLIB = Path(json.__file__).parent
+BATCH_TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 30,000 characters of real text in documents of uneven length."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    source = "".join(file.read_text() for file in sorted(STDLIB.glob("*.py")))
+    cuts = itertools.accumulate(itertools.cycle([700, 90, 333, 1500, 64, 5]))
+    starts = [0, *itertools.takewhile(lambda cut: cut < 30_000, cuts)]
+    texts = [source[first:last] for first, last in itertools.pairwise(starts)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("teacher") / "qwen2", "qwen2")
+
+
+def run(teacher: Path, corpus: Path, out: Path, **settings: Any) -> ExtractSummary:
+    config = ExtractConfig(
+        teacher=str(teacher), data=(str(corpus),), out=out, **{"seq_len": 200, "batch_tokens": BATCH_TOKENS, **settings}
+    )
+    return extract(config, resolve_model(config.teacher), say=lambda _: None)
+
+
+def command(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "pipeline.cli", "extract", "--teacher", str(teacher), "--data", str(corpus), "--out", str(out)),
+        *("--seq-len", "200", "--batch-tokens", str(BATCH_TOKENS), *more),
+    ]
+
+
+def by_id(store: Store) -> dict[str, tuple[bytes, bytes, bytes]]:
+    """Decoded bytes of every sample, by id."""
+    found = {}
+    for index, identity in enumerate(store.samples.ids):
+        batch = store.read([index])
+        found[identity] = (batch.key.tobytes(), batch.value.tobytes(), batch.input_ids.tobytes())
+    return found
+
+
+ARCHITECTURES = [
+    pytest.param("qwen2", "k_proj", id="qwen2"),
+    pytest.param("llama", "k_proj", id="llama"),
+    pytest.param("gpt2", None, id="gpt2"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "key_module"), ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_raw_store_holds_what_the_teacher_produces_when_run_again(
+    model_type: str, key_module: str | None, dtype: str, corpus: Path, tmp_path: Path
+) -> None:
+    teacher = save_checkpoint(tmp_path / "teacher", model_type, dtype=getattr(torch, dtype))
+    run(teacher, corpus, tmp_path / "store", codec="raw", limit=40)
+    store = open_store(tmp_path / "store")
+    assert store.spec.dtype == dtype
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, dtype)).eval()
+    keys_before_rotation: list[torch.Tensor] = []
+    if key_module is not None:
+        for layer in model.model.layers:
+            getattr(layer.self_attn, key_module).register_forward_hook(lambda *args: keys_before_rotation.append(args[2]))
+    tolerance = {"float32": 2e-7, "bfloat16": 5.2e-3}[dtype]  # largest relative error of un-rotation, extraction.md A.4
+    compared = 0
+    for shard in range(store.manifest.layout.num_shards):
+        members = np.flatnonzero(store.samples.shard == shard)
+        ids = [store.read([index], layers=()).input_ids for index in members]
+        for rows in plan_batches([len(tokens) for tokens in ids], BATCH_TOKENS, 512):
+            padded = np.zeros((len(rows), padded_length(len(ids[rows[0]]), 512)), dtype=np.int64)
+            for position, row in enumerate(rows):
+                padded[position, : len(ids[row])] = ids[row]
+            keys_before_rotation.clear()
+            with torch.inference_mode():
+                cache = model(input_ids=torch.from_numpy(padded), use_cache=True).past_key_values
+            for position, row in enumerate(rows):
+                stored = store.read([members[row]])
+                for layer in range(4):
+                    heads = cache.layers[layer].keys.shape[1]
+                    value = cache.layers[layer].values[position, :, : len(ids[row])].transpose(0, 1).float().numpy()
+                    np.testing.assert_array_equal(stored.value[layer], value)
+                    if key_module is None:
+                        key = cache.layers[layer].keys[position, :, : len(ids[row])].transpose(0, 1).float().numpy()
+                        np.testing.assert_array_equal(stored.key[layer], key)
+                    else:
+                        key = keys_before_rotation[layer][position, : len(ids[row])].unflatten(-1, (heads, -1)).float().numpy()
+                        assert np.abs(stored.key[layer] - key).max() <= tolerance * np.abs(key).max() * 2
+                    compared += 1
+    assert compared == 4 * len(store)
+
+
+def test_decoded_values_stay_within_the_fidelity_that_was_recorded(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    run(teacher, corpus, tmp_path / "raw", codec="raw")
+    run(teacher, corpus, tmp_path / "mix", codec="mix")
+    raw, mix = open_store(tmp_path / "raw"), open_store(tmp_path / "mix")
+    assert raw.samples.ids == mix.samples.ids
+    exact, decoded = raw.read(range(len(raw))), mix.read(range(len(mix)))
+    recorded = mix.samples.fidelity()
+    for layer in range(4):
+        for kind in ("key", "value"):
+            error = np.abs(getattr(decoded, kind)[layer] - getattr(exact, kind)[layer])
+            assert error.max() == pytest.approx(recorded[str(layer)][kind]["max_abs_error"], rel=1e-4)
+            assert recorded[str(layer)][kind]["centred_error"] < (0.09 if kind == "key" else 0.18)
+
+
+def test_an_extraction_killed_half_way_resumes_to_the_same_bits(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    run(teacher, corpus, tmp_path / "whole")
+    whole = open_store(tmp_path / "whole")
+    planned = whole.manifest.layout.num_shards
+    process = subprocess.Popen(command(teacher, corpus, tmp_path / "cut"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _wait_for(lambda: len(list((tmp_path / "cut" / "commits").glob("*.json"))) >= planned // 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    committed = len(list((tmp_path / "cut" / "commits").glob("*.json")))
+    assert 0 < committed < planned
+    partial = by_id(open_store(tmp_path / "cut"))
+    summary = run(teacher, corpus, tmp_path / "cut")
+    assert summary.new_shards == planned - committed
+    resumed, expected = by_id(open_store(tmp_path / "cut")), by_id(whole)
+    assert resumed == expected
+    assert partial.items() <= expected.items()
+    assert run(teacher, corpus, tmp_path / "cut").new_shards == 0
+
+
+def test_killed_before_its_manifest_an_extraction_starts_afresh(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    run(teacher, corpus, tmp_path / "store", limit=20)
+    expected = by_id(open_store(tmp_path / "store"))
+    (tmp_path / "store" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "store" / "commits")
+    run(teacher, corpus, tmp_path / "store", limit=20)
+    assert by_id(open_store(tmp_path / "store")) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        pytest.param({"codec": "q8"}, [r"codec: got \"q8\", expected \"mix\""], id="codec"),
+        pytest.param({"layers": "0,2"}, [r"layers: got \"0,2\", expected \"0-3\"", r"spec\.layers"], id="layers"),
+        pytest.param({"student": True}, [r"alignment", r"spec\.layers"], id="student"),
+        pytest.param({"dtype": "bfloat16"}, [r"dtype: got \"bfloat16\", expected \"float32\""], id="dtype"),
+        pytest.param({"seq_len": 100}, [r"seq_len: got 100, expected 200"], id="seq-len"),
+        pytest.param({"limit": 3}, [r"num_samples: got 3, expected 20"], id="data"),
+    ],
+)
+def test_other_settings_are_refused_with_the_fields_named(
+    change: dict[str, Any], fields: list[str], teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run(teacher, corpus, tmp_path / "store", limit=20)
+    before = sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "store").rglob("*"))
+    if "student" in change:
+        change = {"student": str(save_checkpoint(tmp_path / "student", "qwen2", num_key_value_heads=1, num_hidden_layers=2))}
+    with pytest.raises(FingerprintMismatchError, match=r"Nothing was written") as refused:
+        run(teacher, corpus, tmp_path / "store", **{"limit": 20, **change})
+    for field in fields:
+        assert refused.match(field)
+    assert sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "store").rglob("*")) == before
+
+
+def test_another_teacher_of_the_same_name_and_shape_is_refused(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    run(teacher, corpus, tmp_path / "store", limit=10)
+    other = save_checkpoint(tmp_path / "qwen2", "qwen2", seed=1)
+    with pytest.raises(FingerprintMismatchError, match=r"1 field\(s\):\n  weights: got"):
+        run(other, corpus, tmp_path / "store", limit=10)
+
+
+def test_a_baked_store_holds_the_aligned_keys_and_values(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    student = save_checkpoint(tmp_path / "student", "qwen2", num_key_value_heads=1, num_hidden_layers=3)
+    run(teacher, corpus, tmp_path / "raw", codec="raw", limit=12)
+    run(teacher, corpus, tmp_path / "baked", codec="raw", limit=12, student=str(student))
+    raw, baked = open_store(tmp_path / "raw"), open_store(tmp_path / "baked")
+    assert baked.spec.layer_numbers == (1, 2, 3)
+    assert {layer.geometry for layer in baked.spec.layers} == {(1, 16, 16)}
+    alignment = Alignment.from_json(baked.manifest.alignment or {})
+    assert alignment.layer_map == ((0, 1), (1, 2), (2, 3))
+    exact, stored = raw.read(range(12)), baked.read(range(12))
+    for slot, layer in enumerate(baked.spec.layer_numbers):
+        key, value = alignment.project(layer, torch.from_numpy(exact.key[layer]), torch.from_numpy(exact.value[layer]))
+        np.testing.assert_allclose(stored.key[slot], key.numpy(), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(stored.value[slot], value.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_baking_that_would_not_shrink_the_store_is_recorded_instead(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    student = save_checkpoint(tmp_path / "student", "qwen2", num_key_value_heads=4, num_hidden_layers=2)
+    said: list[str] = []
+    config = ExtractConfig(
+        teacher=str(teacher), data=(str(corpus),), out=tmp_path / "store", student=str(student), limit=4, seq_len=200
+    )
+    extract(config, resolve_model(config.teacher), say=said.append)
+    assert any("would not make the store smaller" in text for text in said)
+    store = open_store(tmp_path / "store")
+    assert store.manifest.alignment is not None
+    assert store.manifest.alignment["baked"] is False
+    assert {layer.geometry for layer in store.spec.layers} == {(2, 16, 16)}
+    assert store.spec.layer_numbers == (2, 3)
+
+
+def test_the_byte_limit_is_never_passed_and_can_be_raised(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    whole = run(teacher, corpus, tmp_path / "whole")
+    limit = whole.stored_bytes // 2
+    summary = run(teacher, corpus, tmp_path / "store", max_bytes=limit)
+    assert 0.5 * limit < summary.stored_bytes <= limit
+    assert run(teacher, corpus, tmp_path / "store", max_bytes=2 * whole.stored_bytes).stored_bytes == whole.stored_bytes
+    assert by_id(open_store(tmp_path / "store")) == by_id(open_store(tmp_path / "whole"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_teacher_is_refused(corpus: Path, tmp_path: Path) -> None:
+    teacher = save_checkpoint(
+        tmp_path / "small", "qwen2", vocab_size=64, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
+    with pytest.raises(ValueError, match=r"token ids: got \d+, but the teacher has 64 embeddings"):
+        run(teacher, corpus, tmp_path / "store")
+
+
+def test_a_folder_of_other_files_is_not_written_into(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"is not empty and is not a store being created \(it holds thesis\.tex"):
+        run(teacher, corpus, tmp_path, limit=3)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the tests of this module; executors use a Ray that is running."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def test_two_ray_workers_store_the_same_bits_as_one_process(
+    ray_cluster: None, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run(teacher, corpus, tmp_path / "serial")
+    run(teacher, corpus, tmp_path / "ray", workers=2)
+    serial, ray_store = open_store(tmp_path / "serial"), open_store(tmp_path / "ray")
+    assert by_id(serial) == by_id(ray_store)
+    assert serial.manifest.fingerprint == ray_store.manifest.fingerprint
+
+
+def test_a_killed_ray_worker_is_replaced_and_nothing_is_lost(
+    ray_cluster: None, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run(teacher, corpus, tmp_path / "serial")
+    killed: list[int] = []
+
+    def say(text: str) -> None:
+        if "about" in text and not killed:
+            workers = [child for child in psutil.Process().children(recursive=True) if "ray::Worker" in _title(child)]
+            killed.append(workers[0].pid)
+            workers[0].send_signal(signal.SIGKILL)
+
+    config = ExtractConfig(
+        teacher=str(teacher), data=(str(corpus),), out=tmp_path / "ray", seq_len=200, batch_tokens=BATCH_TOKENS, workers=2
+    )
+    extract(config, resolve_model(config.teacher), say=say)
+    assert killed
+    assert by_id(open_store(tmp_path / "ray")) == by_id(open_store(tmp_path / "serial"))
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_more_workers_than_the_cluster_has_are_refused_at_once(ray_cluster: None, teacher: Path) -> None:
+    source = TeacherSource(path=teacher, dtype="auto", device="cpu")
+    with pytest.raises(ExecutorError, match="--workers: got 64, but the cluster has 2 CPUs"):
+        RayExecutor(source, 64)
+
+
+def test_an_error_in_a_ray_worker_comes_out_as_itself(ray_cluster: None, teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(teacher, tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        run(broken, corpus, tmp_path / "store", workers=1)
+
+
+def test_a_ray_extraction_whose_driver_is_killed_resumes_to_the_same_bits(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    run(teacher, corpus, tmp_path / "whole")
+    out = tmp_path / "cut"
+    process = subprocess.Popen(
+        command(teacher, corpus, out, "--workers", "2"),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _wait_for(lambda: len(list((out / "commits").glob("*.json"))) >= 2, seconds=120)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)  # Ray ends the orphaned workers within about a second
+    run(teacher, corpus, out)
+    assert by_id(open_store(out)) == by_id(open_store(tmp_path / "whole"))
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def test_a_summary_says_what_is_stored(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    summary = run(teacher, corpus, tmp_path / "store", limit=10)
+    store = open_store(tmp_path / "store")
+    assert (summary.num_samples, summary.new_shards) == (10, store.manifest.layout.num_shards)
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "store" / "kv.zarr").rglob("c/**/*") if file.is_file())
+    constants = sum(
+        file.stat().st_size
+        for name in ("key_mean", "key_step", "value_mean", "value_step", "layer")
+        for file in (tmp_path / "store" / "kv.zarr" / name / "c").rglob("*")
+        if file.is_file()
+    )
+    assert summary.stored_bytes == on_disk - constants
+    assert json.dumps(dataclasses.asdict(summary), default=str)
+    assert (summary.out / "tokenizer").is_dir()

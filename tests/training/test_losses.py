@@ -1,0 +1,143 @@
+"""The losses against written-out loops; what must not leak; and that splitting a step changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.losses import IGNORED, cross_entropy, kv_errors, take_rows
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_cross_entropy_is_the_mean_log_loss_of_the_next_token_where_there_is_one() -> None:
+    logits = normal(2, 4, 5)
+    labels = torch.tensor([[3, 1, 4, 2], [0, 2, IGNORED, IGNORED]])
+    expected = 0.0
+    for row, column, label in [(0, 0, 1), (0, 1, 4), (0, 2, 2), (1, 0, 2)]:
+        scores = logits[row, column].tolist()
+        expected -= scores[label] - math.log(sum(math.exp(score) for score in scores))
+    assert cross_entropy(logits, labels, 4).item() == pytest.approx(expected / 4, rel=1e-6)
+
+
+def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
+    logits = (10 * normal(1, 9, 50)).bfloat16()
+    labels = torch.arange(9)[None]
+    assert cross_entropy(logits, labels, 8).dtype == torch.float32
+    assert cross_entropy(logits, labels, 8).item() == pytest.approx(cross_entropy(logits.double(), labels, 8).item(), rel=1e-5)
+
+
+def test_nothing_to_predict_is_a_loss_of_zero() -> None:
+    assert cross_entropy(normal(1, 1, 5), torch.tensor([[2]]), 0).item() == 0.0
+
+
+def test_rows_are_picked_by_sample_and_token() -> None:
+    values = normal(3, 2, 5, 4)
+    picked = take_rows(values, torch.tensor([0 * 5 + 3, 2 * 5 + 0, 2 * 5 + 4]))
+    for row, (sample, token) in enumerate([(0, 3), (2, 0), (2, 4)]):
+        assert torch.equal(picked[row], values[sample, :, token])
+
+
+def written_out(
+    student: list[tuple[Tensor, Tensor]], teacher: list[tuple[Tensor, Tensor]], variances: Tensor, num_targets: int
+) -> float:
+    """1/|M| sum_l 1/2 [mse(K) / var(K) + mse(V) / var(V)], number by number."""
+    total = 0.0
+    for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
+        for kind in (0, 1):
+            squares = [
+                (a - b) ** 2 for a, b in zip(ours[kind].flatten().tolist(), theirs[kind].flatten().tolist(), strict=True)
+            ]
+            per_token = ours[kind].shape[1] * ours[kind].shape[2]
+            total += 0.5 * sum(squares) / (num_targets * per_token) / float(variances[layer, kind])
+    return total / len(student)
+
+
+def layers(rows: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Two layers of different geometry, keys and values of different dims."""
+    return [
+        (normal(rows, 2, 4, seed=seed), normal(rows, 2, 3, seed=seed + 1)),
+        (normal(rows, 1, 6, seed=seed + 2), normal(rows, 1, 2, seed=seed + 3)),
+    ]
+
+
+VARIANCES = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
+
+
+def test_the_kv_loss_is_the_written_out_formula() -> None:
+    student, teacher = layers(7, seed=10), layers(7, seed=20)
+    loss = kv_errors(student, teacher, VARIANCES, 7).mean().item()
+    assert loss == pytest.approx(written_out(student, teacher, VARIANCES, 7), rel=1e-5)
+
+
+def test_each_error_belongs_to_its_layer_and_kind() -> None:
+    student, teacher = layers(5, seed=10), layers(5, seed=10)
+    student[1] = (student[1][0], student[1][1] + 2.0)
+    errors = kv_errors(student, teacher, VARIANCES, 5)
+    assert torch.allclose(errors, torch.tensor([[0.0, 0.0], [0.0, 4.0 / 0.25]]))
+
+
+def test_scaling_both_sides_and_the_variance_leaves_the_loss() -> None:
+    student, teacher = layers(5, seed=10), layers(5, seed=20)
+    scaled = [[(3 * key, 3 * value) for key, value in side] for side in (student, teacher)]
+    torch.testing.assert_close(kv_errors(*scaled, 9 * VARIANCES, 5), kv_errors(student, teacher, VARIANCES, 5))
+
+
+def test_micro_batches_of_unequal_size_add_up_to_the_whole_step() -> None:
+    student, teacher = layers(9, seed=10), layers(9, seed=20)
+    parts = [
+        kv_errors(
+            [(key[part], value[part]) for key, value in student],
+            [(key[part], value[part]) for key, value in teacher],
+            VARIANCES,
+            9,
+        )
+        for part in (slice(0, 1), slice(1, 9), slice(9, 9))
+    ]
+    torch.testing.assert_close(sum(parts), kv_errors(student, teacher, VARIANCES, 9))
+    logits, labels = normal(3, 4, 5), torch.tensor([[1, 2, 3, 4], [0, 1, IGNORED, IGNORED], [2, 2, 2, IGNORED]])
+    split = cross_entropy(logits[:1], labels[:1], 6) + cross_entropy(logits[1:], labels[1:], 6)
+    torch.testing.assert_close(split, cross_entropy(logits, labels, 6))
+
+
+def test_what_is_not_compared_neither_leaks_in_nor_gets_a_gradient() -> None:
+    rows = torch.tensor([1, 2, 5])
+    clean = normal(2, 1, 4, 3)
+    teacher = [(normal(3, 1, 3, seed=5), normal(3, 1, 3, seed=6))]
+    gradients = []
+    for poison in (0.0, float("nan")):
+        values = torch.full_like(clean, poison)
+        for sample, token in [(0, 1), (0, 2), (1, 1)]:
+            values[sample, :, token] = clean[sample, :, token]
+        values.requires_grad_()
+        picked = take_rows(values, rows)
+        loss = kv_errors([(picked, picked)], teacher, VARIANCES[:1], 3).mean()
+        assert torch.isfinite(loss)
+        loss.backward()
+        assert values.grad is not None
+        gradients.append(values.grad)
+    assert torch.equal(*gradients), "a pad's content changes nothing, not even NaN"
+    untouched = torch.ones(2, 4, dtype=torch.bool)
+    untouched[[0, 0, 1], [1, 2, 1]] = False
+    assert (gradients[0].transpose(1, 2)[untouched] == 0).all()
+    assert (gradients[0].transpose(1, 2)[~untouched] != 0).any()
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    student = [(normal(3, 1, 2).requires_grad_(), normal(3, 1, 2, seed=1).requires_grad_())]
+    teacher = [(normal(3, 1, 2, seed=2).requires_grad_(), normal(3, 1, 2, seed=3).requires_grad_())]
+    kv_errors(student, teacher, VARIANCES[:1], 3).mean().backward()
+    assert all(tensor.grad is None for tensor in teacher[0])
+    assert all(tensor.grad is not None for tensor in student[0])
+
+
+def test_half_precision_students_are_compared_in_float32() -> None:
+    student = [(torch.full((1, 1, 1), 300.0, dtype=torch.float16), torch.zeros(1, 1, 1, dtype=torch.float16))]
+    teacher = [(torch.full((1, 1, 1), -300.0), torch.zeros(1, 1, 1))]
+    errors = kv_errors(student, teacher, torch.ones(1, 2), 1)
+    assert errors[0, 0].item() == 360_000.0, "600 squared is infinite in float16"

@@ -1,0 +1,232 @@
+"""Order, batches and the held-out split: pure functions, so everything is compared exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.sampler import (
+    BatchPlan,
+    KVBatchSampler,
+    SampleBatch,
+    SampleTable,
+    epoch_order,
+    held_out_batches,
+    permutation,
+    split_held_out,
+)
+
+
+def table(num_samples: int, per_shard: int = 4, seed: int = 0) -> SampleTable:
+    """Samples with store numbers that are no positions, in shards of equal size, of lengths 1 to 40."""
+    rng = np.random.default_rng(seed)
+    return SampleTable(
+        index=np.arange(num_samples, dtype=np.int64) * 3 + 100,
+        shard=np.arange(num_samples) // per_shard,
+        num_tokens=rng.integers(1, 41, size=num_samples),
+    )
+
+
+def plan(**over: Any) -> BatchPlan:
+    return BatchPlan(**{"batch_size": 4, "seed": 0, "window_tokens": 60, "kv_steps": 1000, "sink_tokens": 4, **over})
+
+
+def batches(samples: SampleTable, plan: BatchPlan, epoch: int = 0, **over: Any) -> list[SampleBatch]:
+    sampler = KVBatchSampler(samples, plan, **over)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_the_permutation_is_pinned() -> None:
+    assert permutation(12, 0, 3, "shards").tolist() == [8, 10, 6, 1, 4, 7, 2, 0, 11, 5, 3, 9]
+    digest = hashlib.sha256(permutation(100_000, 1, 2).astype("<i8").tobytes()).hexdigest()
+    assert digest == "b1629fc78387c576e6b120b755cb0e08575959a935f22314d1b558abc72d0e7a"
+
+
+def test_the_order_of_an_epoch_is_pinned() -> None:
+    order = epoch_order(np.repeat(np.arange(5), 4), np.full(20, 10), seed=7, epoch=1, window_tokens=80)
+    assert order.tolist() == [7, 5, 1, 4, 2, 0, 3, 6, 13, 17, 19, 12, 16, 15, 14, 18, 9, 8, 10, 11]
+
+
+@given(
+    shards=st.lists(st.integers(0, 9), max_size=60),
+    seed=st.integers(0, 3),
+    epoch=st.integers(0, 3),
+    window_tokens=st.integers(1, 500),
+)
+def test_an_epoch_has_every_sample_once_and_each_shard_inside_one_window(
+    shards: list[int], seed: int, epoch: int, window_tokens: int
+) -> None:
+    shard = np.array(shards, dtype=np.int32)
+    tokens = np.full(len(shard), 10)
+    order = epoch_order(shard, tokens, seed=seed, epoch=epoch, window_tokens=window_tokens)
+    assert sorted(order.tolist()) == list(range(len(shard)))
+    # A window closes once it is full, so a shard spans less than the window and one whole shard more.
+    largest = 10 * int(np.bincount(shard).max(initial=0))
+    for number in set(shards):
+        positions = np.flatnonzero(shard[order] == number)
+        assert 10 * (positions[-1] - positions[0] + 1) < window_tokens + largest + 1
+
+
+def test_epochs_and_seeds_give_different_orders_and_samples_of_a_window_are_mixed() -> None:
+    shard, tokens = np.repeat(np.arange(10), 20), np.full(200, 10)
+    orders = [
+        tuple(epoch_order(shard, tokens, seed=seed, epoch=epoch, window_tokens=1000))
+        for seed, epoch in itertools.product(range(2), range(2))
+    ]
+    assert len(set(orders)) == 4
+    neighbours = np.mean([shard[a] == shard[b] for a, b in itertools.pairwise(orders[0])])
+    assert neighbours < 0.35, "five shards to a window: about a fifth of neighbours share their shard, all do when unshuffled"
+
+
+@given(num_samples=st.integers(8, 60), epoch=st.integers(0, 2))
+def test_ranks_and_micro_batches_cut_the_same_global_batches(num_samples: int, epoch: int) -> None:
+    samples, whole_plan = table(num_samples), plan(batch_size=8)
+    whole = batches(samples, whole_plan, epoch)
+    assert len(whole) == num_samples // 8
+    for world_size, micro in [(1, 1), (1, 4), (2, 4), (2, 2), (4, 1), (8, 1)]:
+        ranks = [
+            batches(samples, whole_plan, epoch, rank=rank, world_size=world_size, micro_batch_size=micro)
+            for rank in range(world_size)
+        ]
+        assert len({len(rank) for rank in ranks}) == 1, "every rank has the same number of micro-batches"
+        for number, batch in enumerate(whole):
+            per_step = len(ranks[0]) // len(whole)
+            parts = [rank[number * per_step + i] for i in range(per_step) for rank in ranks]
+            assert [sample for part in parts for sample in part] == list(batch)
+            assert {(part.step, part.num_predicted, part.num_targets) for part in parts} == {
+                (batch.step, batch.num_predicted, batch.num_targets)
+            }
+
+
+def test_the_length_says_how_many_batches_come_and_the_rest_is_counted_as_dropped() -> None:
+    sampler = KVBatchSampler(table(22), plan(batch_size=8), micro_batch_size=2, rank=1, world_size=2)
+    assert (len(sampler), len(list(sampler)), sampler.micro_batches_per_step, sampler.dropped) == (4, 4, 2, 6)
+
+
+def test_other_samples_are_dropped_in_another_epoch() -> None:
+    used = [{sample for batch in batches(table(11), plan(), epoch) for sample in batch} for epoch in range(6)]
+    assert all(len(samples) == 8 for samples in used)
+    assert set.union(*used) == set(table(11).index.tolist())
+
+
+def test_steps_count_on_over_epochs_and_targets_end_with_the_kv_phase() -> None:
+    seen = [
+        (batch.step, batch.targets is not None) for epoch in range(3) for batch in batches(table(9), plan(kv_steps=3), epoch)
+    ]
+    assert seen == [(0, True), (1, True), (2, True), (3, False), (4, False), (5, False)]
+
+
+def test_a_step_counts_its_predicted_and_its_compared_tokens() -> None:
+    samples = SampleTable(np.arange(4), np.zeros(4, dtype=np.int64), np.array([1, 3, 6, 10], dtype=np.int32))
+    (batch,) = batches(samples, plan(sink_tokens=4))
+    assert batch.num_predicted == 0 + 2 + 5 + 9
+    assert batch.num_targets == 0 + 0 + 2 + 6
+    assert batch.targets == list(batch)
+
+
+def test_shuffled_targets_are_other_samples_of_the_batch_and_share_their_shorter_length() -> None:
+    samples = SampleTable(np.arange(4), np.zeros(4, dtype=np.int64), np.array([5, 6, 7, 8], dtype=np.int32))
+    (batch,) = batches(samples, plan(shuffle_targets=True))
+    assert batch.targets is not None
+    assert sorted(batch.targets) == sorted(batch)
+    assert all(ours != theirs for ours, theirs in zip(batch, batch.targets, strict=True))
+    lengths = samples.num_tokens
+    assert batch.num_targets == sum(min(lengths[a], lengths[b]) - 4 for a, b in zip(batch, batch.targets, strict=True))
+    (plain,) = batches(samples, plan())
+    assert list(plain) == list(batch), "the control sees the same samples in the same order"
+
+
+def test_a_batch_survives_pickling_to_a_worker() -> None:
+    batch = SampleBatch([5, 6], step=3, num_predicted=20, targets=[6, 5], num_targets=12)
+    copy = pickle.loads(pickle.dumps(batch))
+    assert isinstance(copy, SampleBatch)
+    assert list(copy) == [5, 6]
+    assert vars(copy) == vars(batch)
+
+
+@pytest.mark.parametrize(
+    ("samples", "over", "message"),
+    [
+        pytest.param(20, {"micro_batch_size": 3}, "got 8, expected a multiple of micro_batch_size x ranks = 3 x 1", id="micro"),
+        pytest.param(20, {"world_size": 3}, "got 8, expected a multiple of micro_batch_size x ranks = 2 x 3", id="ranks"),
+        pytest.param(20, {"world_size": 16}, "= 1 x 16", id="more ranks than samples"),
+        pytest.param(7, {}, "got 8, but there are 7 training samples", id="too little data"),
+    ],
+)
+def test_batches_that_cannot_be_cut_are_refused(samples: int, over: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVBatchSampler(table(samples), plan(batch_size=8), **over)
+
+
+def test_held_out_batches_have_every_sample_once_over_the_ranks_and_no_targets() -> None:
+    samples = table(11)
+    ranks = [held_out_batches(samples, 2, rank=rank, world_size=3) for rank in range(3)]
+    every = [batch for rank in ranks for batch in rank]
+    assert sorted(sample for batch in every for sample in batch) == samples.index.tolist()
+    assert all(batch.targets is None for batch in every)
+    assert sum(batch.num_predicted for batch in every) == samples.num_tokens.sum() - 11
+
+
+def ids_of(num_samples: int) -> list[str]:
+    return [hashlib.sha256(bytes([index])).hexdigest() for index in range(num_samples)]
+
+
+@given(
+    sources=st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=50),
+    fraction=st.floats(0.01, 0.9),
+    max_tokens=st.integers(1, 2000),
+)
+def test_no_document_lies_on_both_sides_and_the_held_out_side_stays_in_its_limits(
+    sources: list[str], fraction: float, max_tokens: int
+) -> None:
+    tokens = np.random.default_rng(0).integers(1, 50, size=len(sources))
+    ids = ids_of(len(sources))
+    train, held_out = split_held_out(ids, sources, tokens, fraction=fraction, max_tokens=max_tokens)
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(len(sources)))
+    assert len(train)
+    assert len(held_out)
+    documents = sources if len(set(sources)) > 1 else ids
+    ours, theirs = {documents[i] for i in train}, {documents[i] for i in held_out}
+    assert not ours & theirs
+    if len(theirs) > 1:
+        assert tokens[held_out].sum() <= min(fraction * tokens.sum(), max_tokens)
+
+
+def test_the_split_follows_the_names_of_the_documents_and_nothing_else() -> None:
+    sources = [f"document-{index // 3}" for index in range(30)]
+    tokens, ids = np.full(30, 10), ids_of(30)
+    _, held_out = split_held_out(ids, sources, tokens, fraction=0.2, max_tokens=1000)
+    backwards = split_held_out(ids[::-1], sources[::-1], tokens, fraction=0.2, max_tokens=1000)[1]
+    assert {sources[i] for i in held_out} == {sources[::-1][i] for i in backwards}
+    first = sorted(set(sources), key=lambda name: hashlib.sha256(name.encode()).digest())[:2]
+    assert {sources[i] for i in held_out} == set(first), "a fifth of ten equal documents: the first two by hash"
+
+
+def test_a_document_too_large_to_be_held_out_is_passed_over() -> None:
+    names = sorted("abcdef", key=lambda name: hashlib.sha256(name.encode()).digest())
+    tokens = np.array([1000 if name == names[0] else 10 for name in "abcdef"])
+    _, held_out = split_held_out(ids_of(6), list("abcdef"), tokens, fraction=0.02, max_tokens=1000)
+    assert ["abcdef"[i] for i in held_out] == sorted(names[1:3])
+
+
+def test_where_no_document_fits_the_smallest_is_held_out() -> None:
+    _, held_out = split_held_out(ids_of(3), list("abc"), np.array([30, 20, 40]), fraction=0.01, max_tokens=1000)
+    assert held_out.tolist() == [1]
+
+
+def test_nothing_is_held_out_when_nothing_is_asked_for() -> None:
+    train, held_out = split_held_out(ids_of(1), ["a"], np.array([5]), fraction=0.0, max_tokens=10)
+    assert (train.tolist(), held_out.tolist()) == ([0], [])
+
+
+def test_holding_out_of_a_single_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"eval_fraction: got 0\.1, but the store has 1 sample"):
+        split_held_out(ids_of(1), ["a"], np.array([5]), fraction=0.1, max_tokens=10)

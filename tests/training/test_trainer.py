@@ -1,0 +1,388 @@
+"""Whole runs with the real Trainer on a real store: what they compute, that they repeat, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvstore.errors import CorruptShardError
+from kvstore.reader import KVBatch, Store, open_store
+from pipeline.align import Alignment
+from pipeline.models.capture import capture_kv
+from pipeline.models.load import build_student
+from pipeline.models.probe import probe_kv_spec
+from tests.checkpoints import byte_tokenizer, save_checkpoint
+from tests.stores import Source, write_store
+from tests.training.conftest import make_texts, teacher_source
+from tests.training.test_targets import bake
+from training.config import TrainConfig
+from training.report import METRICS, read_metrics
+from training.run_folder import TrainSummary
+from training.sampler import BatchPlan, KVBatchSampler, SampleTable, split_held_out
+from training.targets import KVTargets, measure_variances
+from training.trainer import run_training
+
+STEPS, KV_STEPS, STEPS_PER_EPOCH = 8, 4, 5
+CLOCKS = {"seconds", "loader_wait_s", "peak_rss_bytes"}
+
+
+def settings(store: Path, student: str, out: Path, **over: Any) -> TrainConfig:
+    """Eight steps, the KV loss in four of them; five steps to an epoch, so the run crosses into a second one."""
+    fields = {"steps": STEPS, "batch_size": 8, "learning_rate": 6e-3, "log_every": 1, "eval_every": 4, "save_every": 100}
+    return TrainConfig(**{"store": store, "student": student, "out": out, "device": "cpu", "threads": 1, **fields, **over})
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """What a run logged, without what depends on the clock."""
+    return [{name: value for name, value in record.items() if name not in CLOCKS} for record in read_metrics(out / METRICS)]
+
+
+def logged(out: Path, name: str) -> list[float]:
+    return [record[name] for record in metrics(out) if name in record]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, store_path: Path, student_with_dropout: str) -> TrainSummary:
+    """One run from start to end, its student with dropout."""
+    return run_training(settings(store_path, student_with_dropout, tmp_path_factory.mktemp("whole") / "run"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, store_path: Path, student: str) -> TrainSummary:
+    """The same without dropout, which other ways of computing the same step must agree with."""
+    return run_training(settings(store_path, student, tmp_path_factory.mktemp("plain") / "run"))
+
+
+def train_samples(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    samples = store.samples
+    return split_held_out(samples.ids, samples.source, samples.num_tokens, fraction=0.05, max_tokens=1_000_000)
+
+
+def nats(model: Any, ids: np.ndarray) -> float:
+    """Sum of -log p over the tokens of one sequence but the first, one by one."""
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    with torch.no_grad():
+        scores = torch.log_softmax(model(input_ids=tokens[None]).logits[0].double(), dim=-1)
+    return -sum(float(scores[position, token]) for position, token in enumerate(tokens[1:].tolist()))
+
+
+# ---- what a run computes
+
+
+def test_the_saved_student_has_the_held_out_loss_of_the_summary_under_plain_transformers(
+    whole: TrainSummary, store_path: Path, source: Source
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(whole.out / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(whole.out / "model")
+    _, held_out = train_samples(open_store(store_path))
+    total = sum(nats(model, source.input_ids[index]) for index in held_out)
+    predicted = sum(len(source.input_ids[index]) - 1 for index in held_out)
+    text_bytes = sum(
+        len(tokenizer.decode(source.input_ids[index]).encode()) - len(tokenizer.decode(source.input_ids[index][:1]).encode())
+        for index in held_out
+    )
+    assert whole.eval_loss == pytest.approx(total / predicted, rel=1e-5)
+    assert whole.eval_nats_per_byte == pytest.approx(total / text_bytes, rel=1e-5)
+    assert "auto_map" not in json.loads((whole.out / "model" / "config.json").read_text())
+    assert model.config.use_cache, "the Trainer switches the cache off; the saved student must generate with one"
+
+
+def test_the_first_step_has_the_written_out_losses(plain: TrainSummary, store_path: Path, student: str, source: Source) -> None:
+    store = open_store(store_path)
+    train, _ = train_samples(store)
+    table = SampleTable(train, store.samples.shard[train], store.samples.num_tokens[train])
+    plan = BatchPlan(batch_size=8, seed=0, window_tokens=2**40, kv_steps=KV_STEPS, sink_tokens=4)
+    first = next(iter(KVBatchSampler(table, plan)))
+    model, _ = build_student(student, vocab_size=len(byte_tokenizer()), seed=0)
+    spec = probe_kv_spec(model)
+    alignment = Alignment.plan(store.spec, spec)
+    variances = measure_variances(store, KVTargets(alignment), sink_tokens=4)
+    squares = np.zeros((2, 2))
+    compared = 0
+    for index in first:
+        ids = torch.from_numpy(source.input_ids[index].astype(np.int64))
+        ours = capture_kv(model, spec, ids[None])
+        compared += len(ids) - 4
+        for student_layer, teacher_layer in alignment.layer_map:
+            target = alignment.project(teacher_layer, *map(torch.from_numpy, source.kv[index][teacher_layer]))
+            for kind in (0, 1):
+                difference = (ours[student_layer][kind][0].transpose(0, 1) - target[kind])[4:]
+                squares[student_layer, kind] += float(difference.square().mean(dim=(1, 2)).sum())
+    errors = squares / compared / variances
+    record = metrics(plain.out)[0]
+    names = [["kv_key_0", "kv_value_0"], ["kv_key_1", "kv_value_1"]]
+    np.testing.assert_allclose([[record[name] for name in row] for row in names], errors, rtol=1e-4)
+    assert record["kv_loss"] == pytest.approx(errors.mean(), rel=1e-4)
+    expected = sum(nats(model.eval(), source.input_ids[index]) for index in first)
+    assert record["ce"] == pytest.approx(expected / first.num_predicted, rel=1e-5)
+    assert record["loss"] == pytest.approx(record["ce"] + record["kv_loss"], rel=1e-5)
+
+
+def test_a_run_leaves_its_metrics_summary_and_plot(plain: TrainSummary, store_path: Path) -> None:
+    assert TrainSummary.model_validate_json((plain.out / "summary.json").read_bytes()) == plain
+    assert (plain.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    records = read_metrics(plain.out / METRICS)
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records if "eval_loss" in record] == [4, 8]
+    assert all(record.keys() >= CLOCKS for record in records)
+    assert [("kv_loss" in record) for record in records if "loss" in record] == [True] * KV_STEPS + [False] * KV_STEPS
+    assert all(record["loss"] == pytest.approx(record["ce"]) for record in records[KV_STEPS + 2 :] if "loss" in record)
+    assert plain.store_fingerprint == open_store(store_path).manifest.fingerprint
+    assert plain.tokens == records[-1]["tokens"] > 1000
+    assert (plain.num_train_samples, plain.num_held_out_samples, plain.num_dropped_samples) == (42, 2, 2)
+    assert logged(plain.out, "ce")[-1] < logged(plain.out, "ce")[0] - 0.5, "it learns"
+
+
+def test_nothing_is_printed_to_stdout(
+    store_path: Path, student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(settings(store_path, student, tmp_path / "run", steps=1))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "1/1" in printed.err
+
+
+# ---- that it repeats
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_repeats_bit_by_bit(whole: TrainSummary, store_path: Path, student_with_dropout: str, tmp_path: Path) -> None:
+    again = run_training(settings(store_path, student_with_dropout, tmp_path / "run"))
+    assert metrics(again.out) == metrics(whole.out)
+    assert weights(again.out) == weights(whole.out)
+
+
+@pytest.mark.parametrize(
+    ("save_every", "broken_read", "checkpoint"),
+    [
+        pytest.param(3, 2, 0, id="before the first checkpoint"),
+        pytest.param(3, 8, 6, id="inside the second epoch"),
+        pytest.param(5, 8, 5, id="at the boundary of an epoch"),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened_and_reads_nothing_again(
+    whole: TrainSummary,
+    store_path: Path,
+    student_with_dropout: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_every: int,
+    broken_read: int,
+    checkpoint: int,
+) -> None:
+    config = settings(store_path, student_with_dropout, tmp_path / "run", save_every=save_every)
+    training = ReadsOfTraining(monkeypatch, fail_at=broken_read)
+    with pytest.raises(CorruptShardError, match="injected"):
+        run_training(config)
+    assert not (config.out / "summary.json").exists()
+    training.fail_at = None
+    training.count = 0
+    resumed = run_training(config.model_copy(update={"resume": True}))
+    assert metrics(config.out) == metrics(whole.out)
+    assert weights(config.out) == weights(whole.out)
+    assert resumed.tokens == whole.tokens
+    assert training.count == STEPS - checkpoint
+
+
+class ReadsOfTraining:
+    """Counts the reads of whole training batches (eight samples), and breaks one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> None:
+        self.count, self.fail_at = 0, fail_at
+        self.layers: list[tuple[int, ...] | None] = []
+        genuine = Store.read
+
+        def read(store: Store, sample_indices: Sequence[int], layers: Sequence[int] | None = None) -> KVBatch:
+            if len(sample_indices) == 8:
+                self.count += 1
+                self.layers.append(None if layers is None else tuple(layers))
+                if self.count == self.fail_at:
+                    raise CorruptShardError("shard 1: injected")
+            return genuine(store, sample_indices, layers)
+
+        monkeypatch.setattr(Store, "read", read)
+
+
+def test_a_finished_run_is_not_run_again(plain: TrainSummary, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = ReadsOfTraining(monkeypatch)
+    assert run_training(plain.config.model_copy(update={"resume": True})) == plain
+    assert training.count == 0
+    with pytest.raises(ValueError, match=r"config\.seed: got 1, expected 0"):
+        run_training(plain.config.model_copy(update={"resume": True, "seed": 1}))
+
+
+# ---- ways of computing that must not change the numbers
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        pytest.param({"micro_batch_size": 2}, id="accumulation"),
+        pytest.param({"micro_batch_size": 2, "save_every": 3, "activation_checkpointing": True}, id="recomputed activations"),
+    ],
+)
+def test_how_a_step_is_cut_does_not_change_the_losses(
+    plain: TrainSummary, store_path: Path, student: str, tmp_path: Path, over: dict[str, Any]
+) -> None:
+    other = run_training(settings(store_path, student, tmp_path / "run", **over))
+    for name in ("loss", "ce", "kv_loss", "kv_value_1", "grad_norm", "eval_loss", "tokens"):
+        assert logged(other.out, name) == pytest.approx(logged(plain.out, name), rel=2e-4), name
+
+
+def test_a_baked_store_trains_as_the_raw_one_does(
+    plain: TrainSummary, student: str, source: Source, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model, _ = build_student(student, vocab_size=len(byte_tokenizer()), seed=0)
+    documents = [f"document-{index // 2}" for index in range(len(source.input_ids))]
+    baked = bake(
+        tmp_path / "kv",
+        source,
+        Alignment.plan(source.spec, probe_kv_spec(model)),
+        documents=documents,
+        tokenizer=tokenizer_folder,
+    )
+    other = run_training(settings(baked.path, student, tmp_path / "run"))
+    for name in ("loss", "kv_loss", "eval_loss"):
+        assert logged(other.out, name) == pytest.approx(logged(plain.out, name), rel=1e-4), name
+
+
+# ---- controls
+
+
+def test_cross_entropy_alone_reads_no_kv_and_is_otherwise_the_same_run(
+    plain: TrainSummary, store_path: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = ReadsOfTraining(monkeypatch)
+    control = run_training(settings(store_path, student, tmp_path / "run", ce_only=True))
+    assert set(reads.layers) == {()}
+    assert logged(control.out, "kv_loss") == []
+    assert logged(control.out, "ce")[0] == logged(plain.out, "ce")[0], "the same weights on the same first batch"
+    assert logged(control.out, "tokens") == logged(plain.out, "tokens")
+    assert logged(control.out, "ce")[1] != logged(plain.out, "ce")[1]
+
+
+def test_kv_is_read_only_while_it_counts(
+    store_path: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = ReadsOfTraining(monkeypatch)
+    run_training(settings(store_path, student, tmp_path / "run", layers="-1"))
+    assert reads.layers == [(3,)] * KV_STEPS + [()] * (STEPS - KV_STEPS)
+
+
+def test_shuffled_targets_change_the_kv_loss_and_nothing_else_of_the_first_step(
+    plain: TrainSummary, store_path: Path, student: str, tmp_path: Path
+) -> None:
+    control = run_training(settings(store_path, student, tmp_path / "run", shuffle_targets=True))
+    assert logged(control.out, "ce")[0] == logged(plain.out, "ce")[0]
+    ours, theirs = logged(control.out, "kv_loss"), logged(plain.out, "kv_loss")
+    assert all(one != other for one, other in zip(ours, theirs, strict=True))
+
+
+# ---- what is refused
+
+
+def test_a_folder_with_a_run_is_refused(plain: TrainSummary) -> None:
+    with pytest.raises(ValueError, match=r"already holds a run; continue it with --resume"):
+        run_training(plain.config)
+
+
+def test_resuming_with_another_store_or_map_names_the_fields(
+    plain: TrainSummary, student: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(plain.out, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    config = plain.config.model_copy(update={"out": tmp_path / "run", "resume": True})
+    other = write_store(tmp_path / "kv", teacher_source(make_texts(44, seed=1)), codec="raw", tokenizer=tokenizer_folder)
+    with pytest.raises(ValueError, match=r"store: got .*, expected .*" + plain.store_fingerprint[:8]):
+        run_training(config.model_copy(update={"store": other}))
+    with pytest.raises(ValueError, match=r"(?s)config\.layer_map: got .uniform.*alignment\.layer_map"):
+        run_training(config.model_copy(update={"layer_map": "uniform"}))
+    assert read_metrics(tmp_path / "run" / METRICS) == read_metrics(plain.out / METRICS), "nothing was touched"
+
+
+def test_a_store_without_a_tokenizer_is_refused(source: Source, student: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no tokenizer/ folder"):
+        run_training(settings(write_store(tmp_path / "kv", source, codec="raw"), student, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pretrained_student_keeps_its_weights_and_needs_the_stores_tokenizer(store_path: Path, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "pretrained", "qwen2", seed=3)
+    summary = run_training(settings(store_path, str(folder), tmp_path / "run", steps=1, learning_rate=1e-9))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, summary.out / "model"))
+    torch.testing.assert_close(before.state_dict(), after.state_dict(), rtol=0, atol=1e-7)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"another tokenizer \(259 tokens\) than the store \(258 tokens"):
+        run_training(settings(store_path, str(folder), tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        pytest.param({"batch_size": 64}, "there are 42 training samples", id="batch larger than the data"),
+        pytest.param({"layers": "5"}, "the model has layers 0-1", id="no such layer"),
+        pytest.param({"layer_map": "nearest"}, "expected one of", id="no such map"),
+        pytest.param({"learning_rate": 1e30}, r"loss: got (nan|inf).*lower learning_rate", id="divergence"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(
+    store_path: Path, student: str, tmp_path: Path, over: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_training(settings(store_path, student, tmp_path / "run", **over))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused(store_path: Path, student: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device: got cuda, but torch sees no GPU"):
+        run_training(settings(store_path, student, tmp_path / "run", device="cuda"))
+
+
+def test_samples_longer_than_the_students_positions_are_refused(store_path: Path, student: str, tmp_path: Path) -> None:
+    short = tmp_path / "short.toml"
+    short.write_text(Path(student).read_text().replace("max_position_embeddings = 128", "max_position_embeddings = 32"))
+    with pytest.raises(ValueError, match="max_position_embeddings 32, but the store has samples of"):
+        run_training(settings(store_path, str(short), tmp_path / "run"))
+
+
+# ---- other processes
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(plain: TrainSummary, tmp_path: Path) -> None:
+    config = plain.config.model_copy(update={"out": tmp_path / "run"})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    program = (
+        "import sys; from pathlib import Path; from training.config import TrainConfig; from training.trainer import run_training;"
+        "run_training(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))"
+    )
+    (tmp_path / "main.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "main.py"), str(tmp_path / "config.json")], check=True, env=environment)
+    for name in ("loss", "ce", "kv_loss", "grad_norm", "eval_loss", "eval_nats_per_byte", "tokens"):
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(plain.out, name), rel=2e-4), name
+
+
+@pytest.mark.slow
+def test_reading_in_worker_processes_changes_nothing(
+    plain: TrainSummary, store_path: Path, student: str, tmp_path: Path
+) -> None:
+    other = run_training(settings(store_path, student, tmp_path / "run", workers=2))
+    assert metrics(other.out) == metrics(plain.out)
