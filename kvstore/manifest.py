@@ -132,6 +132,8 @@ class Manifest:
 
     spec: KVSpec
     """What is stored: a baked store has the student's geometry under the teacher's layer numbers."""
+    teacher: KVSpec
+    """All attention layers of the teacher, stored or not: layer maps count depth on them."""
     layout: Layout
     groups: tuple[Group, ...]
     alignment: dict[str, Any] | None
@@ -193,6 +195,7 @@ class Manifest:
         try:
             manifest = cls(
                 spec=KVSpec.from_json(record["spec"]),
+                teacher=KVSpec.from_json(record["teacher"]),
                 layout=Layout(**record["layout"]),
                 groups=tuple(Group(**{**group, "layers": tuple(group["layers"])}) for group in record["groups"]),
                 **{name: record[name] for name in _PLAIN_FIELDS},

@@ -34,7 +34,7 @@ from pipeline.config import ExtractConfig
 from pipeline.data import Sample, make_samples, read_documents, shuffled
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
 from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from pipeline.models.load import build_student, load_tokenizer
+from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
 from pipeline.plan import Task, data_record, estimate_bytes, plan_layout, plan_tasks
@@ -75,8 +75,13 @@ def extract(
     started = time.perf_counter()
     assert config.out is not None
     root = config.out.expanduser()
+    codec = codec_named(config.codec)
+    model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
+    if resolved.preset is not None:
+        for problem in geometry_mismatch(resolved.preset, model_config):
+            say(f"warning: {problem}")
     tokenizer = load_tokenizer(resolved.path)
-    samples = _samples(config, tokenizer, resolved)
+    samples = _samples(config, tokenizer, model_config.get_text_config().max_position_embeddings)
     executor = _executor(config, resolved)
     try:
         info = executor.describe()
@@ -88,7 +93,6 @@ def extract(
             alignment=alignment.to_json() if alignment and alignment.baked else None,
             batch_tokens=config.batch_tokens,
         )
-        codec = codec_named(config.codec)
         groups = plan_groups(stored, codec)
         layout = plan_layout(samples, groups)
         tasks = plan_tasks(samples, layout)
@@ -99,6 +103,7 @@ def extract(
             calibration = _calibrate(executor, job, groups, codec, tasks)
             manifest = Manifest(
                 spec=stored,
+                teacher=info.spec,
                 layout=layout,
                 groups=groups,
                 alignment=alignment.to_json() if alignment else None,
@@ -125,9 +130,8 @@ def _executor(config: ExtractConfig, resolved: ResolvedModel) -> Executor:
     return SerialExecutor(source)
 
 
-def _samples(config: ExtractConfig, tokenizer: Any, resolved: ResolvedModel) -> list[Sample]:
+def _samples(config: ExtractConfig, tokenizer: Any, max_positions: int) -> list[Sample]:
     """Read, shuffle, tokenise and cut the data; done before the teacher is loaded, so that bad data is known at once."""
-    max_positions = transformers.AutoConfig.from_pretrained(resolved.path).get_text_config().max_position_embeddings
     documents = read_documents(config.data, config.text_field, config.split)
     if config.seed is not None:
         documents = shuffled(documents, config.seed)
@@ -195,7 +199,6 @@ def _signal(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "dtype": info.spec.dtype,
         "attn_implementation": info.attn_implementation,
-        "teacher_layers": format_layers(info.spec.layer_numbers),
         "layers": format_layers(stored.layer_numbers),
         "spec": stored.to_json(),
         "alignment": alignment.to_json() if alignment else None,

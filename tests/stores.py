@@ -81,7 +81,12 @@ def calibrate(source: Source, codec: str) -> Calibration:
 
 
 def begin_store(
-    root: Path, source: Source, codec: str = "mix", signal: dict[str, object] | None = None, tokenizer: Path | None = None
+    root: Path,
+    source: Source,
+    codec: str = "mix",
+    signal: dict[str, object] | None = None,
+    tokenizer: Path | None = None,
+    teacher: KVSpec | None = None,
 ) -> tuple[Manifest, Calibration, list[list[int]]]:
     """Create the empty store; returns its manifest, calibration and the samples of each shard."""
     lengths = [len(ids) for ids in source.input_ids]
@@ -100,6 +105,7 @@ def begin_store(
         used += padded
     manifest = Manifest(
         spec=source.spec,
+        teacher=teacher or source.spec,
         layout=Layout(chunk_tokens=chunk, shard_tokens=shard_tokens, num_shards=len(tasks)),
         groups=groups,
         alignment=None,
@@ -154,9 +160,10 @@ def write_store(
     texts: Sequence[str] | None = None,
     signal: dict[str, object] | None = None,
     tokenizer: Path | None = None,
+    teacher: KVSpec | None = None,
 ) -> Path:
     """A whole committed and compacted store of these samples."""
-    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer)
+    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher)
     for shard, indices in enumerate(tasks):
         write_shard(root, source, manifest, calibration, shard, indices, documents, texts)
     compact(root)

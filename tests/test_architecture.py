@@ -53,9 +53,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def room_of(path: Path) -> str:
-    return next(
-        room for room in sorted(MAY_IMPORT, key=len, reverse=True) if str(path).startswith(f"{room}/")
-    )
+    return next(room for room in sorted(MAY_IMPORT, key=len, reverse=True) if str(path).startswith(f"{room}/"))
 
 
 def within(name: str, prefix: str) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from kvstore.reader import Store
-from kvstore.spec import KVSpec, RopeSpec, parse_layers
+from kvstore.spec import KVSpec, RopeSpec, format_layers, parse_layers
 from pipeline.align import Alignment
 from training.loader import KVDataset
 from training.sampler import SampleBatch
@@ -50,7 +50,17 @@ def plan_alignment(store: Store, student: KVSpec, *, layer_map: str, layers: str
     ):
         wanted = parse_layers(layers, [mapped for mapped, _ in recorded.layer_map])
         return dataclasses.replace(recorded, layer_map=tuple(pair for pair in recorded.layer_map if pair[0] in wanted))
-    return Alignment.plan(store.spec, student, layer_map=layer_map, student_layers=parse_layers(layers, student.layer_numbers))
+    planned = Alignment.plan(
+        store.manifest.teacher, student, layer_map=layer_map, student_layers=parse_layers(layers, student.layer_numbers)
+    )
+    stored = tuple(pair for pair in planned.layer_map if pair[1] in store.spec.layer_numbers)
+    if not stored:
+        pairs = ", ".join(f"{mapped}<-{teacher}" for mapped, teacher in planned.layer_map)
+        raise ValueError(
+            f"layer_map: {layer_map} wants student<-teacher layers {pairs}, but the store holds teacher layers "
+            f"{format_layers(store.spec.layer_numbers)} ({store.path}). Choose another layer_map, or extract those layers."
+        )
+    return dataclasses.replace(planned, layer_map=stored)
 
 
 def _equal_geometry(one: KVSpec, other: KVSpec) -> bool:

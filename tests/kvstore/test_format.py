@@ -156,7 +156,7 @@ def test_another_schema_version_is_refused(store_path: Path) -> None:
 
 @rule("2.3")
 def test_the_manifest_has_its_fields_and_a_missing_one_is_named(store_path: Path) -> None:
-    fields = {"spec", "layout", "groups", "alignment", "calibration", "signal", "data", "fingerprints", "created"}
+    fields = {"spec", "teacher", "layout", "groups", "alignment", "calibration", "signal", "data", "fingerprints", "created"}
     assert set(manifest_of(store_path)) == fields | {"kvpipe_version", "schema_version", "sha256"}
     reseal(store_path / "manifest.json", layout={"chunk_tokens": 64})
     with pytest.raises(StoreFormatError, match="shard_tokens"):

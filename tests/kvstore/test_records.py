@@ -75,7 +75,9 @@ def test_differences_name_the_leaves() -> None:
         "d: got 3, expected null",
         "e: got null, expected 5",
     ]
-    assert [str(difference) for difference in differences([1, {"a": 2}], [1, {"a": 3}], "list")] == ["list[1].a: got 2, expected 3"]
+    assert [str(difference) for difference in differences([1, {"a": 2}], [1, {"a": 3}], "list")] == [
+        "list[1].a: got 2, expected 3"
+    ]
     assert [str(difference) for difference in differences([1], [1, 2], "list")] == ["list: got [1], expected [1, 2]"]
 
 
