@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,21 +30,22 @@ _CORPUS, _STORE, _PLOT = "corpus.jsonl", "store", "loss.png"
 _ARMS = {"CE only": ("ce", ("--ce-only",)), "CE + KV": ("kv", ())}
 
 
-def run_demo(out: Path, *, workers: int, seed: int, say: Say, steps: int | None = None) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, workers: int, seed: int, say: Say, steps: int | None = None, max_files: int | None = None
+) -> dict[str, Any]:
     """Run the demo into `out` and print its table; a second time the teacher and a finished store are used again.
 
     Args:
         steps: optimizer steps of each student and of the teacher instead of the recipe's; for a quick look.
+        max_files: files of the corpus to use; for a quick look.
 
     Raises:
         ValueError: a command failed; its own message is above.
     """
     started = time.perf_counter()
-    # Small matrices on few cores: a spinning OpenMP thread takes the core its partner needs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     recipe = tomllib.loads((configs_dir() / "tiny" / "demo.toml").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
-    files = stdlib_sources()
+    files = stdlib_sources()[:max_files]
     say(f"1/5  corpus: {len(files):,} files of Python's standard library, {EXCERPT_BYTES:,} bytes of each are stored")
     write_corpus(out / _CORPUS, files)
     say("2/5  teacher: a 6-layer Qwen2, trained here once and kept")
@@ -199,9 +201,7 @@ def _held_out_rows(corpus: Path, tokenizer: Any, recipe: dict[str, Any]) -> set[
 
 def _train(out: Path, name: str, arm: Sequence[str], student: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     run = out / name
-    if (run / "summary.json").is_file():
-        for file in ("summary.json", "metrics.jsonl", "run.json"):
-            (run / file).unlink(missing_ok=True)
+    shutil.rmtree(run, ignore_errors=True)
     chosen = [item for key, value in settings.items() for item in ("--set", f"{key}={json.dumps(value)}")]
     return _kvpipe(
         "train", "--store", str(out / _STORE), "--student", student, "--out", str(run), "--seed", str(seed), *chosen, *arm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import transformers
 
 from kvstore import open_store
 from pipeline.demo import byte_tokenizer, run_demo, stdlib_sources, write_corpus
@@ -45,14 +43,14 @@ def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     path = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
-        record = run_demo(path / "out", workers=2, seed=0, say=print, steps=12)
+        record = run_demo(path / "out", workers=2, seed=0, say=print, steps=12, max_files=80)
     return path, record
 
 
 def test_the_demo_runs_from_text_to_two_students(short_demo: tuple[Path, dict[str, Any]]) -> None:
     path, record = short_demo
     store = open_store(path / "out" / "store")
-    assert len(store) > 4_000
+    assert 800 < len(store) <= 80 * 11
     assert store.manifest.alignment is not None
     assert store.manifest.alignment["baked"] is True
     assert record["store_bytes_per_token"] < 150
@@ -60,15 +58,6 @@ def test_the_demo_runs_from_text_to_two_students(short_demo: tuple[Path, dict[st
     plain, with_kv = record["students"]["CE only"], record["students"]["CE + KV"]
     assert plain["tokens"] == with_kv["tokens"] > 0
     assert plain["store_fingerprint"] == with_kv["store_fingerprint"] == store.manifest.fingerprint
-
-
-def test_the_first_step_of_both_students_sees_the_same_batch_from_the_same_weights(
-    short_demo: tuple[Path, dict[str, Any]],
-) -> None:
-    path, _ = short_demo
-    first = [json.loads((path / "out" / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("ce", "kv")]
-    assert first[0]["step"] == first[1]["step"]
-    assert first[0]["eval_loss"] == first[1]["eval_loss"] if "eval_loss" in first[0] else True
 
 
 def test_the_trained_student_loads_where_kvpipe_is_not_importable(
@@ -102,7 +91,7 @@ def test_the_teacher_never_saw_the_documents_the_students_are_evaluated_on(short
     )
     rows = {int(samples.source[index].rpartition(":")[2]) for index in held_out}
     assert rows == _held_out_rows(path / "out" / "corpus.jsonl", byte_tokenizer(), recipe)
-    assert 10 < len(rows) < 60
+    assert 2 < len(rows) < 8
 
 
 def _student(out: Path, store: Path, name: str, seed: int, *arm: str) -> float:
@@ -119,7 +108,6 @@ def _student(out: Path, store: Path, name: str, seed: int, *arm: str) -> float:
 @pytest.mark.timeout(3600)
 def test_keys_and_values_teach_and_not_only_by_their_statistics(tmp_path: Path) -> None:
     """Three seeds of CE, KV and KV with targets of other samples, at the learning rate that is best for CE."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     started = time.perf_counter()
     record = run_demo(tmp_path / "demo", workers=2, seed=0, say=print)
     store = tmp_path / "demo" / "store"
@@ -150,4 +138,3 @@ def test_keys_and_values_teach_and_not_only_by_their_statistics(tmp_path: Path) 
     assert gains[0] >= 0.08
     assert np.mean(gains) >= 0.10
     assert np.mean(content) >= 0.04
-    assert transformers.__version__

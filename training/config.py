@@ -58,7 +58,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Initial weights and order of the data; runs of equal seed are comparable step by step."""
     eval_fraction: Fraction = 0.05
-    """Share of the tokens held out by document; 0 for none. The choice depends on the documents' names, not on the seed."""
+    """Share of the tokens held out by document; 0 for none. The choice depends on the documents' content, not on the seed."""
     eval_max_tokens: Positive = 1_000_000
     """Upper limit of the held-out tokens; a million tell losses 0.001 nats apart and cost seconds."""
     eval_every: Positive = 100

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from training.report import METRICS, read_metrics
 from training.run_folder import RunFolder
@@ -93,9 +93,7 @@ class RunFlow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     model follows at once, and a run cut off in between repeats its last steps.
     """
 
-    def on_step_end(
-        self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_kwargs: Any) -> TrainerControl:
         last = state.global_step >= state.max_steps
         control.should_log = control.should_log or control.should_save or last
         control.should_save = control.should_save and not last
@@ -109,7 +107,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._bar: tqdm[Any] | None = None
         self._shown: dict[str, str] = {}
 
-    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, *_rest: Any, **_kwargs: Any) -> None:
+    def on_train_begin(self, _args: Any, state: TrainerState, *_rest: Any, **_kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
 
@@ -119,6 +117,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
     def on_log(self, *_args: Any, logs: Mapping[str, Any], **_kwargs: Any) -> None:
         names = {"ce": "ce", "kv_loss": "kv", "eval_nats_per_byte": "held-out nats/byte"}
+        if "ce" in logs and "kv_loss" not in logs:
+            self._shown.pop("kv", None)
         self._shown |= {shown: f"{logs[name]:.3f}" for name, shown in names.items() if name in logs}
         if self._bar is not None:
             self._bar.set_postfix(self._shown)

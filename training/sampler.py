@@ -78,7 +78,8 @@ def split_held_out(
 ) -> tuple[Int64[np.ndarray, "train"], Int64[np.ndarray, "held_out"]]:
     """Split samples by document, so that no document has pieces on both sides; by sample where there is one document.
 
-    Documents come in the order of their name's sha256 and are held out as long as they fit; if none fits, the smallest is.
+    Documents come in the order of their smallest sample id, which is a hash of content, so names and places of files play no
+    part; they are held out as long as they fit, and if none fits, the smallest is.
 
     Args:
         fraction: largest share of all tokens to hold out.
@@ -93,7 +94,10 @@ def split_held_out(
     if len(ids) < 2:
         raise ValueError(f"eval_fraction: got {fraction}, but the store has {len(ids)} sample(s); set it to 0")
     names = ids if len(set(source)) < 2 else source
-    documents = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    smallest: dict[str, str] = {}
+    for name, identity in zip(names, ids, strict=True):
+        smallest[name] = min(identity, smallest.get(name, identity))
+    documents = sorted(smallest, key=smallest.__getitem__)
     number = {name: index for index, name in enumerate(documents)}
     group = np.fromiter((number[name] for name in names), dtype=np.int64, count=len(names))
     tokens = np.bincount(group, weights=num_tokens).astype(np.int64)

@@ -133,6 +133,8 @@ def _observe(model: nn.Module, modules: Collection[AttentionModule], input_ids: 
     observed: dict[int, _Observed] = {}
 
     def record(layer: int, key: Tensor, value: Tensor, position_embeddings: object) -> None:
+        if layer in observed:
+            raise CaptureError(f"{type(model).__name__}: layer {layer} ran twice in one forward, so it has no one K and V")
         observed[layer] = _Observed(key=key, value=value, position_embeddings=position_embeddings)
 
     with torch.inference_mode(), evaluation_mode(model), tapped(modules, record):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from kvstore.spec import KVSpec
-from pipeline.models.capture import CaptureError, KVTap, attention_modules, capture_kv
+from pipeline.models.capture import CaptureError, KVTap, attention_modules, capture_kv, tapped
 from pipeline.models.probe import probe_kv_spec
 from tests.checkpoints import tiny_config, tiny_model
 
@@ -341,6 +341,31 @@ def test_a_layer_the_spec_has_not_is_refused() -> None:
 def test_the_spec_of_another_model_is_refused(over: dict[str, Any], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         capture_kv(tiny_model("qwen2", **over), spec_of("qwen2"), input_ids())
+
+
+def test_a_model_that_runs_one_layer_twice_is_refused() -> None:
+    model = tiny_model("qwen2")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(CaptureError, match="layer 0 ran twice in one forward"):
+        capture_kv(model, spec_of("qwen2"), input_ids(), layers=[0, 3])
+
+
+def test_a_cache_argument_given_by_position_is_replaced_in_its_place() -> None:
+    model = cached_model("qwen2")
+    attention = attention_modules(model)[2]
+    hidden, positions = torch.randn(1, 5, 64), torch.arange(5)[None]
+    embeddings = model.model.rotary_emb(hidden, positions)
+    by_position: list[Any] = []
+    by_name: list[Any] = []
+    with torch.inference_mode():
+        with tapped([attention], lambda *seen: by_position.extend(seen)):
+            attention.module(hidden, embeddings, None, None)
+        with tapped([attention], lambda *seen: by_name.extend(seen)):
+            attention.module(hidden_states=hidden, position_embeddings=embeddings, attention_mask=None)
+    assert by_position[0] == by_name[0] == 2
+    assert by_position[3] is by_name[3] is embeddings
+    assert torch.equal(by_position[1], by_name[1])
+    assert torch.equal(by_position[2], by_name[2])
 
 
 def test_a_spec_with_rotation_is_refused_by_a_model_without() -> None:

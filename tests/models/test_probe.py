@@ -86,18 +86,36 @@ def test_yarn_scaling_is_read_from_the_model() -> None:
     assert found.inv_freq[-1] == pytest.approx(PLAIN_16[-1] / 4, rel=1e-6), "the slowest frequency is interpolated"
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+SLOW_ONLY = {
+    "rope_type": "llama3",
+    "rope_theta": BASE,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layers_with_different_ropes_are_told_apart(dtype: torch.dtype) -> None:
-    ropes = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
-    }
+@pytest.mark.parametrize(
+    ("other", "fastest", "slowest"),
+    [
+        pytest.param(LINEAR, 1 / 8, 1e6 ** (-7 / 8) / 8, id="all-frequencies"),
+        pytest.param(SLOW_ONLY, 1.0, PLAIN_16[-1] / 8, id="slow-frequencies-only"),
+    ],
+)
+def test_layers_with_different_ropes_are_told_apart(
+    other: dict[str, Any], fastest: float, slowest: float, dtype: torch.dtype
+) -> None:
+    ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": BASE}, "full_attention": other}
     model = tiny_model(
         "gemma3_text", dtype=dtype, rope_parameters=ropes, layer_types=["sliding_attention", "full_attention"] * 2
     )
     spec = probe_kv_spec(model)
     assert [layer.rope for layer in spec.layers] == [0, 1, 0, 1]
-    assert [rope.inv_freq[0] for rope in spec.ropes] == pytest.approx([1.0, 1 / 8])
+    assert [rope.inv_freq[0] for rope in spec.ropes] == pytest.approx([1.0, fastest])
+    assert [rope.inv_freq[-1] for rope in spec.ropes] == pytest.approx([PLAIN_16[-1], slowest])
 
 
 def test_layers_without_rotation_among_rotated_ones_are_found() -> None:
@@ -160,6 +178,13 @@ def test_a_config_that_contradicts_the_tensors_is_refused() -> None:
     with pytest.raises(
         CaptureError, match=r"K \[1, 2, 64, 16\].* 2 KV heads, expected 4 .*num_attention_heads 4, hidden_size 64"
     ):
+        probe_kv_spec(model)
+
+
+def test_a_model_that_runs_one_layer_twice_is_refused() -> None:
+    model = tiny_model("qwen2")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(CaptureError, match="layer 0 ran twice in one forward"):
         probe_kv_spec(model)
 
 

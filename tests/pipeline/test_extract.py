@@ -67,11 +67,12 @@ def command(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
 
 def by_id(store: Store) -> dict[str, tuple[bytes, bytes, bytes]]:
     """Decoded bytes of every sample, by id."""
-    found = {}
-    for index, identity in enumerate(store.samples.ids):
-        batch = store.read([index])
-        found[identity] = (batch.key.tobytes(), batch.value.tobytes(), batch.input_ids.tobytes())
-    return found
+    batch = store.read(range(len(store)))
+    spans = [slice(first, last) for first, last in itertools.pairwise(batch.cu_seqlens)]
+    return {
+        identity: (batch.key[:, span].tobytes(), batch.value[:, span].tobytes(), batch.input_ids[span].tobytes())
+        for identity, span in zip(store.samples.ids, spans, strict=True)
+    }
 
 
 ARCHITECTURES = [
