@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -230,9 +229,6 @@ def _alignment_line(alignment: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Entry point of `kvpipe`: turns expected errors into one readable message."""
-    # Read before torch is loaded: its threads then sleep between operations instead of spinning on cores that reading,
-    # encoding and other workers need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:

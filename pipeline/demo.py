@@ -152,7 +152,10 @@ def train_teacher(files: Sequence[Path], corpus: Path, settings: dict[str, Any],
         dataloader_pin_memory=False,
         seed=0,
     )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(settings["threads"]))
     transformers.Trainer(model=model, args=arguments, train_dataset=Windows()).train()
+    torch.set_num_threads(threads)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     staging.rename(folder)
