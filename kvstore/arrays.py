@@ -5,9 +5,7 @@ Bulk data goes through tensorstore on the same files. Knows no samples and no co
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +14,13 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from kvstore.calibration import Calibration, calibration_fingerprint
+from kvstore.codec import KINDS, Kind
 from kvstore.errors import CorruptShardError
-from kvstore.manifest import KINDS, Group, Kind, Manifest
+from kvstore.manifest import Group, Manifest
 
 UNWRITTEN_TOKEN = -1
 _MISSING_CHUNK = 2**64 - 1
-
-Calibration = Mapping[str, Mapping[Kind, tuple[np.ndarray, np.ndarray]]]
-"""Group path -> kind -> (mean, step), each float32 [layer, kv_head, dim]; empty for raw."""
-
-
-def calibration_fingerprint(calibration: Calibration) -> str | None:
-    """sha256 over every mean and step array; None for raw."""
-    if not calibration:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(calibration):
-        for kind in KINDS:
-            for name, array in zip(("mean", "step"), calibration[path].get(kind, ()), strict=False):
-                digest.update(f"{path}/{kind}_{name}{array.shape}".encode())
-                digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
-    return digest.hexdigest()
 
 
 def read_calibration(path: Path, manifest: Manifest) -> Calibration:
@@ -125,14 +109,16 @@ def _decode_formula(group: Group, kind: Kind) -> str:
     quantizer = group.quantizer(kind)
     if quantizer is None:
         return f"{kind} holds the bits of {group.dtype}"
-    if quantizer.bits == 8:
+    if quantizer.form == "int8":
         return f"{kind} * {kind}_step + {kind}_mean"
+    if quantizer.form == "e4m3":
+        return f"float8_e4m3fn({kind}) * {kind}_step + {kind}_mean"
     return f"(concat([{kind}_byte & 15, {kind}_byte >> 4], axis=-1) - 8) * {kind}_step + {kind}_mean"
 
 
 def fill_value(group: Group, kind: Kind) -> int:
     quantizer = group.quantizer(kind)
-    return 0x88 if quantizer and quantizer.bits == 4 else 0
+    return 0x88 if quantizer and quantizer.form == "nibble" else 0
 
 
 def _compressors(group: Group, kind: Kind) -> list[Any]:

@@ -1,41 +1,64 @@
 """Codecs: how key and value numbers become stored codes and back (FORMAT.md 4).
 
 A quantising codec has one fixed step per channel for the whole store, `code = clip(rint((x - mean) / step))`, and leaves
-entropy coding to zstd; its error per value is at most half a step wherever the code is not clipped. Works on numpy arrays
-of one layer; knows neither files nor models.
+entropy coding to zstd. Written once against the Python array API: numpy arrays on the host and torch tensors on any device
+give the same bits. Works on one layer; knows neither files nor models, nor how steps are chosen (`calibration`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Shaped
+from array_api_compat import array_namespace, device, is_numpy_array
+from jaxtyping import Float, Float32, Shaped
 
 from kvstore.errors import CodecError
-from kvstore.spec import Dtype
+from kvstore.spec import Dtype, parse_layers
 
-Values = Float[np.ndarray, "token kv_head dim"]
-Codes = Shaped[np.ndarray, "token kv_head code"]
-Channel = Float32[np.ndarray, "kv_head dim"]
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, Kind] = ("key", "value")
+Form = Literal["int8", "nibble", "e4m3"]
 
-_INT8_MAX = 127
-_NIBBLE_MIN, _NIBBLE_MAX = -8, 7
-# Reach of the code range in standard deviations of a channel: the step of a loud channel is widened until the range holds
-# this much, 10 where tails are heavy. 4 for nibbles minimises the squared error of a Gaussian channel.
-_INT8_REACH, _INT8_REACH_HEAVY, _HEAVY_KURTOSIS, _NIBBLE_REACH = 6.0, 10.0, 6.0, 4.0
+Values = Float[Any, "*layer token kv_head dim"]
+Codes = Shaped[Any, "*layer token kv_head code"]
+Channels = Float32[Any, "*layer kv_head dim"]
+
+INT8_MAX = 127
+NIBBLE_MIN, NIBBLE_MAX = -8, 7
+E4M3_MAX = 448.0
+"""Largest finite value of float8_e4m3fn (arXiv 2209.05433)."""
+_E4M3_MIN_NORMAL, _E4M3_MANTISSA_BITS = 2.0**-6, 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Quantizer:
     """Fixed-step scalar quantiser of keys or of values."""
 
-    bits: Literal[8, 4]
-    """8: one int8 per value; 4: two codes in a byte, code[j] + 8 low and code[j + dim/2] + 8 high."""
+    form: Form
+    """`int8`: one byte a value. `nibble`: two codes in a byte, code[j] + 8 low and code[j + dim/2] + 8 high. `e4m3`: one
+    float8_e4m3fn a value, for exchange with programs that use it."""
     step_sigmas: float
-    """Step in units of the layer's standard deviation; relative error is about this over sqrt(12)."""
+    """Step in standard deviations: of the layer for `int8` and `nibble`, whose relative error is about this over sqrt(12); of
+    each channel for `e4m3`, where 1 / 56 puts its largest number at eight deviations."""
+
+    @property
+    def values_per_byte(self) -> int:
+        return 2 if self.form == "nibble" else 1
+
+    def error_bound(self, deviation: Float32[Any, "..."], step: Float32[Any, "..."]) -> Float32[Any, "..."]:
+        """Largest error of values that far from their mean, where the code is not clipped; float32 rounding comes on top.
+
+        Half a step; for `e4m3` a sixteenth of the deviation, half the distance of neighbours with three bits of mantissa, and
+        below its smallest normal number 2^-10 steps.
+        """
+        if self.form != "e4m3":
+            return 0.5 * step + 0.0 * deviation
+        xp = array_namespace(deviation)
+        return xp.maximum(abs(deviation) / 2 ** (_E4M3_MANTISSA_BITS + 1), step * _E4M3_MIN_NORMAL / 16)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,30 +70,34 @@ class Codec:
     """None stores the captured bits themselves."""
     value: Quantizer | None
     nominal_bits: float
-    """Bits per value to expect after compression, for estimates before a run."""
+    """Bits per value to expect after compression, for estimates before a run (research/codecs.md 6)."""
 
-    def quantizer(self, kind: Literal["key", "value"]) -> Quantizer | None:
+    def quantizer(self, kind: Kind) -> Quantizer | None:
         return self.key if kind == "key" else self.value
+
+
+def _rung(name: str, form: Form, key_step: float, value_form: Form, value_step: float, nominal_bits: float) -> Codec:
+    return Codec(
+        name=name,
+        key=Quantizer(form=form, step_sigmas=key_step),
+        value=Quantizer(form=value_form, step_sigmas=value_step),
+        nominal_bits=nominal_bits,
+    )
 
 
 CODECS = {
     codec.name: codec
     for codec in (
         Codec(name="raw", key=None, value=None, nominal_bits=12.0),
-        Codec(
-            name="q8",
-            key=Quantizer(bits=8, step_sigmas=6 / 127),
-            value=Quantizer(bits=8, step_sigmas=6 / 127),
-            nominal_bits=6.5,
-        ),
-        Codec(
-            name="mix",
-            key=Quantizer(bits=8, step_sigmas=0.25),
-            value=Quantizer(bits=4, step_sigmas=0.5),
-            nominal_bits=3.6,
-        ),
+        _rung("q8", "int8", 6 / 127, "int8", 6 / 127, 6.5),
+        _rung("fp8", "e4m3", 8 / E4M3_MAX, "e4m3", 8 / E4M3_MAX, 6.4),
+        _rung("q8z", "int8", 0.09, "int8", 0.125, 5.3),
+        _rung("mix", "int8", 0.25, "nibble", 0.5, 3.6),
+        _rung("q4z", "nibble", 0.5, "nibble", 0.75, 2.8),
+        _rung("q4z-min", "nibble", 0.75, "nibble", 1.0, 2.35),
     )
 }
+"""By name, from the most to the least faithful; `fp8` is for exchange and beaten by its neighbours."""
 
 
 def codec_named(name: str) -> Codec:
@@ -85,11 +112,38 @@ def codec_named(name: str) -> Codec:
         raise CodecError(f"codec: got {name!r}, expected one of {', '.join(CODECS)}") from None
 
 
+def parse_codecs(text: str, layers: Iterable[int]) -> dict[int, Codec]:
+    """Parse `mix`, or `mix,0=raw,24-27=q8` with exceptions by teacher layer number; the later exception wins.
+
+    Raises:
+        CodecError: an unknown codec, or an exception for a layer that is not stored.
+    """
+    numbers = tuple(layers)
+    default, *exceptions = (part.strip() for part in text.split(","))
+    chosen = dict.fromkeys(numbers, codec_named(default))
+    for exception in exceptions:
+        where, equals, name = exception.partition("=")
+        try:
+            if not equals:
+                raise ValueError(f"got {exception!r}, expected LAYERS=CODEC after the first comma, as in 'mix,0=raw,24-27=q8'")
+            chosen.update(dict.fromkeys(parse_layers(where, numbers), codec_named(name)))
+        except ValueError as error:
+            raise CodecError(f"codec {text!r}: {error}") from None
+    return chosen
+
+
+def format_codecs(codecs: Mapping[int, Codec]) -> str:
+    """One text for each choice of codecs: `parse_codecs` reads it back."""
+    names = [codec.name for codec in codecs.values()]
+    default = max(sorted(set(names)), key=names.count)
+    return ",".join([default, *(f"{layer}={codec.name}" for layer, codec in sorted(codecs.items()) if codec.name != default)])
+
+
 def storage_dtype(quantizer: Quantizer | None, dtype: Dtype) -> np.dtype[Any]:
-    """Type of the stored array: zarr has no bfloat16, whose bits are stored as uint16."""
+    """Type of the stored array: zarr has no bfloat16 and no float8, whose bits are stored as unsigned integers."""
     if quantizer is None:
         return np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[dtype])
-    return np.dtype(np.int8 if quantizer.bits == 8 else np.uint8)
+    return np.dtype(np.int8 if quantizer.form == "int8" else np.uint8)
 
 
 def code_dim(quantizer: Quantizer | None, dim: int) -> int:
@@ -98,108 +152,57 @@ def code_dim(quantizer: Quantizer | None, dim: int) -> int:
     Raises:
         CodecError: two 4-bit codes share a byte, so `dim` must be even.
     """
-    if quantizer is None or quantizer.bits == 8:
+    if quantizer is None or quantizer.form != "nibble":
         return dim
     if dim % 2:
-        raise CodecError(f"value_dim: got {dim}, expected an even number for 4-bit codes; use --codec q8")
+        raise CodecError(f"head dim: got {dim}, expected an even number for 4-bit codes; use --codec q8")
     return dim // 2
 
 
-@dataclasses.dataclass(slots=True)
-class ChannelMoments:
-    """Running power sums of one layer's channels, in float64; adding is the only way they change."""
-
-    count: int
-    sums: Float64[np.ndarray, "4 kv_head dim"]
-    """Sums of x, x^2, x^3 and x^4."""
-
-    @classmethod
-    def zeros(cls, num_kv_heads: int, dim: int) -> ChannelMoments:
-        return cls(0, np.zeros((4, num_kv_heads, dim)))
-
-    def add(self, values: Values) -> None:
-        x = values.astype(np.float64)
-        self.count += len(x)
-        power = x
-        for order in range(4):
-            self.sums[order] += power.sum(axis=0)
-            power = power * x
-
-    def merge(self, other: ChannelMoments) -> None:
-        self.count += other.count
-        self.sums += other.sums
-
-    def mean(self) -> Float64[np.ndarray, "kv_head dim"]:
-        return np.asarray(self.sums[0] / self.count)
-
-    def variance(self) -> Float64[np.ndarray, "kv_head dim"]:
-        return np.asarray(np.maximum(self.sums[1] / self.count - self.mean() ** 2, 0.0))
-
-    def kurtosis(self) -> float:
-        """Fourth central moment over squared variance, pooled over channels; 3 for Gaussian channels."""
-        mean, (_, m2, m3, m4) = self.mean(), self.sums / self.count
-        fourth = m4 - 4 * mean * m3 + 6 * mean**2 * m2 - 3 * mean**4
-        squared = float((self.variance() ** 2).sum())
-        return float(fourth.sum()) / squared if squared > 0 else 3.0
-
-
-def fit_quantizer(quantizer: Quantizer, moments: ChannelMoments) -> tuple[Channel, Channel]:
-    """Mean and step of every channel of one layer (research: fixed step, widened for loud channels).
-
-    Raises:
-        CodecError: no values were seen, or they are not finite.
-    """
-    if moments.count == 0 or not np.isfinite(moments.sums).all():
-        raise CodecError(f"calibration: got {moments.count} tokens or values that are not finite; expected finite values")
-    sigma_c = np.sqrt(moments.variance())
-    sigma = float(np.sqrt(np.mean(sigma_c**2)))
-    if quantizer.bits == 8:
-        reach = _INT8_REACH_HEAVY if moments.kurtosis() > _HEAVY_KURTOSIS else _INT8_REACH
-        floor = reach * sigma_c / _INT8_MAX
-    else:
-        floor = _NIBBLE_REACH * sigma_c / -_NIBBLE_MIN
-    step = np.maximum(quantizer.step_sigmas * sigma, floor)
-    step[step == 0] = 1.0  # a layer without any variance: every code is 0 and decodes to the mean exactly
-    return moments.mean().astype(np.float32), step.astype(np.float32)
-
-
-def encode(quantizer: Quantizer | None, values: Values, mean: Channel | None, step: Channel | None) -> Codes:
+def encode(quantizer: Quantizer | None, values: Values, mean: Channels | None, step: Channels | None) -> Codes:
     """Codes of one layer's values, as they lie on disk; `mean` and `step` are None for raw.
 
     Raises:
         CodecError: a value is not finite.
     """
-    if not np.isfinite(values).all():
-        bad = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise CodecError(f"values: NaN or infinity at [token, kv_head, dim] {bad}; the teacher's output is broken there")
+    xp = array_namespace(values)
+    finite = xp.isfinite(values)
+    if not xp.all(finite):
+        bad = [int(axis[0]) for axis in xp.nonzero(~finite)]
+        raise CodecError(f"NaN or infinity at [token, kv_head, dim] {bad}; the teacher's output is broken there")
     if quantizer is None:
-        return np.asarray(values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
+        return values.view(xp.uint16) if "bfloat16" in str(values.dtype) else values
     assert mean is not None
     assert step is not None
-    scaled = np.rint((values.astype(np.float32) - mean) / step)
-    if quantizer.bits == 8:
-        return np.asarray(np.clip(scaled, -_INT8_MAX, _INT8_MAX).astype(np.int8))
-    code = (np.clip(scaled, _NIBBLE_MIN, _NIBBLE_MAX) - _NIBBLE_MIN).astype(np.uint8)
+    scaled = (xp.astype(values, xp.float32) - mean) / step
+    if quantizer.form == "e4m3":
+        return _e4m3_bits(xp.clip(scaled, -E4M3_MAX, E4M3_MAX))
+    if quantizer.form == "int8":
+        return xp.astype(xp.clip(xp.round(scaled), -INT8_MAX, INT8_MAX), xp.int8)
+    code = xp.astype(xp.clip(xp.round(scaled), NIBBLE_MIN, NIBBLE_MAX) - NIBBLE_MIN, xp.uint8)
     half = code.shape[-1] // 2
-    return np.asarray(code[..., :half] | code[..., half:] << 4)
+    return code[..., :half] | (code[..., half:] << 4)
 
 
 def decode(
-    quantizer: Quantizer | None,
-    codes: Shaped[np.ndarray, "*layer token kv_head code"],
-    mean: Float32[np.ndarray, "*layer kv_head dim"] | None,
-    step: Float32[np.ndarray, "*layer kv_head dim"] | None,
-) -> Float32[np.ndarray, "*layer token kv_head dim"]:
+    quantizer: Quantizer | None, codes: Codes, mean: Channels | None, step: Channels | None
+) -> Float32[Any, "*layer token kv_head dim"]:
     """Values as float32: `code * step + mean`; for raw the exact values."""
+    xp = array_namespace(codes)
     if quantizer is None:
-        if codes.dtype == np.uint16:
-            return np.asarray((codes.astype(np.uint32) << 16).view(np.float32))
-        return codes.astype(np.float32, copy=False)
+        if codes.dtype == xp.uint16:
+            return (xp.astype(codes, xp.uint32) << 16).view(xp.float32) if is_numpy_array(codes) else _from_bfloat16(codes)
+        return xp.astype(codes, xp.float32)
     assert mean is not None
     assert step is not None
-    if quantizer.bits == 4:
-        codes = np.concatenate([codes & 15, codes >> 4], axis=-1).astype(np.int8) + np.int8(_NIBBLE_MIN)
-    values = codes.astype(np.float32)
+    if quantizer.form == "e4m3":
+        table = xp.asarray(E4M3_VALUES, device=device(codes))
+        values = table[xp.astype(codes, xp.int64)]
+    elif quantizer.form == "nibble":
+        values = xp.astype(xp.concat([codes & 15, codes >> 4], axis=-1), xp.float32)
+        values += NIBBLE_MIN
+    else:
+        values = xp.astype(codes, xp.float32)
     values *= step[..., None, :, :]
     values += mean[..., None, :, :]
     return values
@@ -209,7 +212,39 @@ def saturated(quantizer: Quantizer | None, codes: Codes) -> int:
     """How many codes stand at the end of their range, where the error bound does not hold."""
     if quantizer is None:
         return 0
-    if quantizer.bits == 8:
-        return int((np.abs(codes.astype(np.int16)) == _INT8_MAX).sum())
+    xp = array_namespace(codes)
+    if quantizer.form == "int8":
+        return int(xp.sum((codes == INT8_MAX) | (codes == -INT8_MAX)))
+    if quantizer.form == "e4m3":
+        return int(xp.sum((codes & 0x7F) == _E4M3_MAX_BITS))
     low, high = codes & 15, codes >> 4
-    return int(((low == 0) | (low == 15)).sum() + ((high == 0) | (high == 15)).sum())
+    return int(xp.sum((low == 0) | (low == 15)) + xp.sum((high == 0) | (high == 15)))
+
+
+def _from_bfloat16(bits: Any) -> Any:
+    """torch has no shifts of unsigned 32-bit integers; it has the type itself."""
+    xp = array_namespace(bits)
+    return xp.astype(bits.view(xp.bfloat16), xp.float32)
+
+
+def _e4m3_bits(scaled: Any) -> Any:
+    """Round float32 within +-448 to float8_e4m3fn, ties to even, and return the bits.
+
+    Normal numbers: add half of the last kept bit to the float32 bits, cut, and move the exponent's bias from 127 to 7.
+    Subnormal numbers are multiples of 2^-9, and 8 of them are the bits of the smallest normal one.
+    """
+    xp = array_namespace(scaled)
+    magnitude = abs(scaled)
+    bits = magnitude.view(xp.int32)
+    dropped = 23 - _E4M3_MANTISSA_BITS
+    rounded = (bits + ((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)) >> dropped
+    normal = rounded - ((127 - 7) << _E4M3_MANTISSA_BITS)
+    subnormal = xp.astype(xp.round(magnitude * 512), xp.int32)
+    code = xp.where(magnitude >= _E4M3_MIN_NORMAL, normal, subnormal)
+    negative = xp.astype(scaled.view(xp.int32) < 0, xp.int32)
+    return xp.astype(code + 128 * negative, xp.uint8)
+
+
+E4M3_VALUES: Float32[np.ndarray, "256"] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+"""Value of each of the 256 float8_e4m3fn codes; the two NaN codes are never written."""
+_E4M3_MAX_BITS = 0x7E

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
-from kvstore.codec import Codec, Quantizer, code_dim, codec_named, storage_dtype
+from kvstore.codec import KINDS, Codec, Kind, Quantizer, code_dim, codec_named, storage_dtype
 from kvstore.errors import FingerprintMismatchError, StoreFormatError, StoreNotFoundError
 from kvstore.records import Difference, differences, fingerprint, read_sealed
 from kvstore.spec import Dtype, KVSpec, LayerSpec
@@ -28,9 +28,6 @@ MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 1024
 MAX_SHARD_BYTES = 256 * 2**20
 MAX_SHARD_TOKENS = 65_536
 _SHARDS_WANTED = 32
-
-Kind = Literal["key", "value"]
-KINDS: tuple[Kind, Kind] = ("key", "value")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +66,7 @@ class Group:
     def array(self, kind: Kind) -> str:
         """Name of the array of codes: `value_byte` where two 4-bit codes share a byte."""
         quantizer = self.quantizer(kind)
-        return f"{kind}_byte" if quantizer and quantizer.bits == 4 else kind
+        return f"{kind}_byte" if quantizer and quantizer.form == "nibble" else kind
 
     def dim(self, kind: Kind) -> int:
         return self.key_dim if kind == "key" else self.value_dim
@@ -87,15 +84,18 @@ class Group:
         return max(len(self.layers) * int(np.prod(self.code_shape(kind))) * self.storage_dtype(kind).itemsize for kind in KINDS)
 
 
-def plan_groups(spec: KVSpec, codec: Codec) -> tuple[Group, ...]:
-    """Groups of a store: layers of equal geometry together, the largest group at the root.
+def plan_groups(spec: KVSpec, codecs: Mapping[int, Codec]) -> tuple[Group, ...]:
+    """Groups of a store: layers of equal geometry and codec together, the largest group at the root.
+
+    Args:
+        codecs: by teacher layer, as `parse_codecs` gives them.
 
     Raises:
         CodecError: the codec cannot hold a layer's dims.
     """
-    by_geometry: dict[tuple[int, int, int], list[LayerSpec]] = {}
+    alike: dict[tuple[tuple[int, int, int], str], list[LayerSpec]] = {}
     for layer in spec.layers:
-        by_geometry.setdefault(layer.geometry, []).append(layer)
+        alike.setdefault((layer.geometry, codecs[layer.layer].name), []).append(layer)
     groups = [
         Group(
             path="",
@@ -103,10 +103,10 @@ def plan_groups(spec: KVSpec, codec: Codec) -> tuple[Group, ...]:
             num_kv_heads=heads,
             key_dim=key_dim,
             value_dim=value_dim,
-            codec=codec.name,
+            codec=codec,
             dtype=spec.dtype,
         )
-        for (heads, key_dim, value_dim), layers in by_geometry.items()
+        for ((heads, key_dim, value_dim), codec), layers in alike.items()
     ]
     groups.sort(key=lambda group: (-group.token_bytes, group.layers))
     return tuple(dataclasses.replace(group, path=f"group_{index}" if index else "") for index, group in enumerate(groups))

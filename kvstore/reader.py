@@ -17,10 +17,12 @@ import tensorstore as ts
 from jaxtyping import Float32, Int32, Int64
 
 from kvstore import codec as codecs
-from kvstore.arrays import Calibration, open_array, read_calibration
+from kvstore.arrays import open_array, read_calibration
+from kvstore.calibration import Calibration
+from kvstore.codec import KINDS, Kind
 from kvstore.commits import read_commit, token_crc32c
 from kvstore.errors import CorruptShardError
-from kvstore.manifest import ARRAYS, KINDS, TOKENIZER, Group, Kind, Manifest, read_manifest
+from kvstore.manifest import ARRAYS, TOKENIZER, Group, Manifest, read_manifest
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
 
@@ -154,7 +156,7 @@ class Store:
             )
             decoded.update({group.layers[slot]: values[row] for row, slot in enumerate(slots)})
             if tuple(group.layers[slot] for slot in slots) == tuple(layers):
-                return values
+                return np.asarray(values)
         shapes = {layer: decoded[layer].shape[1:] for layer in layers}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"layers: {kind} heads and dims differ {shapes}; read layers of one geometry at a time")

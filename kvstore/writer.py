@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from kvstore import codec as codecs
-from kvstore.arrays import UNWRITTEN_TOKEN, Calibration, chunk_bytes, create_arrays, fill_value, open_array
-from kvstore.codec import Channel, Values
+from kvstore.arrays import UNWRITTEN_TOKEN, chunk_bytes, create_arrays, fill_value, open_array
+from kvstore.calibration import Calibration, Channel, channels_of
+from kvstore.codec import KINDS, Kind, Values
 from kvstore.commits import Commit, SampleRow, StoredObject, commit_path, read_commit, write_commit
 from kvstore.errors import StoreFormatError
-from kvstore.manifest import ARRAYS, COMMITS, KINDS, MANIFEST, SAMPLES, TOKENIZER, Group, Kind, Manifest
+from kvstore.manifest import ARRAYS, COMMITS, MANIFEST, SAMPLES, TOKENIZER, Group, Manifest
 from kvstore.records import STAGING, file_sha256, fsync_dir, staging_path, write_sealed
 
 _OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST}
@@ -107,7 +108,7 @@ class ShardWriter:
         """
         group, slot = self._manifest.group_of(layer)
         for kind, values in zip(KINDS, (key, value), strict=True):
-            mean, step = self._channel(group, kind, slot)
+            mean, step = channels_of(self._calibration, group, kind, slot)
             codes = codecs.encode(group.quantizer(kind), values, mean, step)
             target, position = self._codes[group.path, kind][slot], 0
             for offset, length in spans:
@@ -141,12 +142,6 @@ class ShardWriter:
             fidelity=self._fidelity(bits),
         )
         return commit if write_commit(self._root, commit) else read_commit(self._root, self.shard)
-
-    def _channel(self, group: Group, kind: Kind, slot: int) -> tuple[Channel | None, Channel | None]:
-        if group.quantizer(kind) is None:
-            return None, None
-        mean, step = self._calibration[group.path][kind]
-        return mean[slot], step[slot]
 
     def _measure(
         self, layer: int, kind: Kind, values: Values, codes: np.ndarray, mean: Channel | None, step: Channel | None

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +21,10 @@ import tqdm
 import transformers
 
 from kvstore import StoreNotFoundError, open_store
-from kvstore.arrays import Calibration, calibration_fingerprint
-from kvstore.codec import Codec, codec_named, fit_quantizer
+from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fingerprint, fit_groups
+from kvstore.codec import KINDS, Codec, format_codecs, parse_codecs
 from kvstore.commits import committed_shards
-from kvstore.manifest import KINDS, Group, Kind, Manifest, plan_groups, read_manifest, refuse_mismatch
+from kvstore.manifest import Group, Manifest, plan_groups, read_manifest, refuse_mismatch
 from kvstore.records import plain
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
@@ -42,7 +42,6 @@ from pipeline.worker import Job, Moments, TaskResult, TeacherInfo, TeacherSource
 
 CAPTURE_VERSION = 1
 """Raised whenever the same teacher and text would give other numbers."""
-CALIBRATION_TOKENS = 65_536
 
 Say = Callable[[str], None]
 
@@ -75,7 +74,6 @@ def extract(
     started = time.perf_counter()
     assert config.out is not None
     root = config.out.expanduser()
-    codec = codec_named(config.codec)
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
@@ -93,14 +91,15 @@ def extract(
             alignment=alignment.to_json() if alignment and alignment.baked else None,
             batch_tokens=config.batch_tokens,
         )
-        groups = plan_groups(stored, codec)
+        codecs = parse_codecs(config.codec, stored.layer_numbers)
+        groups = plan_groups(stored, codecs)
         layout = plan_layout(samples, groups)
         tasks = plan_tasks(samples, layout)
-        signal = _signal(resolved, tokenizer, info, stored, alignment, codec)
+        signal = _signal(resolved, tokenizer, info, stored, alignment, codecs)
         data = data_record(samples, config.seq_len)
-        _announce(say, root, samples, stored, codec, config)
+        _announce(say, root, samples, stored, codecs, config)
         if not _resumes(root, signal, data):
-            calibration = _calibrate(executor, job, groups, codec, tasks)
+            calibration = _calibrate(executor, job, groups, tasks)
             manifest = Manifest(
                 spec=stored,
                 teacher=info.spec,
@@ -188,7 +187,7 @@ def _signal(
     info: TeacherInfo,
     stored: KVSpec,
     alignment: Alignment | None,
-    codec: Codec,
+    codecs: Mapping[int, Codec],
 ) -> dict[str, Any]:
     """Everything that shapes the numbers, but the calibration."""
     signal = {
@@ -202,7 +201,7 @@ def _signal(
         "layers": format_layers(stored.layer_numbers),
         "spec": stored.to_json(),
         "alignment": alignment.to_json() if alignment else None,
-        "codec": codec.name,
+        "codec": format_codecs(codecs),
     }
     return cast(dict[str, Any], plain(signal))
 
@@ -219,22 +218,24 @@ def _resumes(root: Path, signal: dict[str, Any], data: dict[str, Any]) -> bool:
     return True
 
 
-def _announce(say: Say, root: Path, samples: list[Sample], stored: KVSpec, codec: Codec, config: ExtractConfig) -> None:
+def _announce(
+    say: Say, root: Path, samples: list[Sample], stored: KVSpec, codecs: Mapping[int, Codec], config: ExtractConfig
+) -> None:
     tokens = sum(len(sample.input_ids) for sample in samples)
-    size = estimate_bytes(stored, codec, tokens)
+    size = estimate_bytes(stored, codecs, tokens)
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     say(
         f"{config.teacher}: {len(samples):,} samples, {tokens:,} tokens, {len(stored.layers)} layers "
-        f"({format_layers(stored.layer_numbers)}), codec {codec.name}: about {size / 1e9:.3g} GB into {root} ({free / 1e9:.0f} GB free)"
+        f"({format_layers(stored.layer_numbers)}), codec {format_codecs(codecs)}: about {size / 1e9:.3g} GB into {root} ({free / 1e9:.0f} GB free)"
     )
     if config.max_tokens and tokens > 0.99 * config.max_tokens:
         say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")
 
 
-def _calibrate(executor: Executor, job: Job, groups: tuple[Group, ...], codec: Codec, tasks: list[Task]) -> Calibration:
+def _calibrate(executor: Executor, job: Job, groups: tuple[Group, ...], tasks: list[Task]) -> Calibration:
     """Mean and step of every channel from the first tasks in task order, at least 65,536 tokens or all."""
-    if codec.key is None and codec.value is None:
+    if all(group.quantizer(kind) is None for group in groups for kind in KINDS):
         return {}
     chosen, tokens = [], 0
     for task in tasks:
@@ -248,15 +249,7 @@ def _calibrate(executor: Executor, job: Job, groups: tuple[Group, ...], codec: C
         for shard, moments in executor.calibrate(job, chosen):
             parts[shard] = moments
             bar.update(sizes[shard])
-    merged = merge_moments(parts)
-    calibration: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
-    for group in groups:
-        for kind in KINDS:
-            quantizer = group.quantizer(kind)
-            if quantizer is not None:
-                fits = [fit_quantizer(quantizer, merged[layer, kind]) for layer in group.layers]
-                calibration.setdefault(group.path, {})[kind] = (np.stack([m for m, _ in fits]), np.stack([s for _, s in fits]))
-    return calibration
+    return fit_groups(groups, merge_moments(parts))
 
 
 def _run(executor: Executor, job: Job, tasks: list[Task], max_bytes: int | None, say: Say) -> tuple[list[TaskResult], float]:

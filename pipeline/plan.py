@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,7 +139,11 @@ def data_record(samples: Sequence[Sample], seq_len: int) -> dict[str, Any]:
     }
 
 
-def estimate_bytes(spec: KVSpec, codec: Codec, num_tokens: int) -> int:
-    """Size of a store before it is written, from the codec's usual bits per value."""
-    scale = {"float32": 2.0}.get(spec.dtype, 1.0) if codec.key is None else 1.0
-    return int(spec.values_per_token * codec.nominal_bits * scale / 8 * num_tokens)
+def estimate_bytes(spec: KVSpec, codecs: Mapping[int, Codec], num_tokens: int) -> int:
+    """Size of a store before it is written, from the usual bits per value of each layer's codec."""
+    bits = 0.0
+    for layer in spec.layers:
+        codec = codecs[layer.layer]
+        doubled = codec.key is None and spec.dtype == "float32"
+        bits += layer.num_kv_heads * (layer.key_dim + layer.value_dim) * codec.nominal_bits * (2 if doubled else 1)
+    return int(bits / 8 * num_tokens)

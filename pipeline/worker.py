@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from kvstore.arrays import Calibration, read_calibration
-from kvstore.codec import ChannelMoments
-from kvstore.manifest import ARRAYS, KINDS, Kind, Manifest, read_manifest
+from kvstore.arrays import read_calibration
+from kvstore.calibration import Calibration, ChannelMoments, calibration_mask
+from kvstore.codec import KINDS, Kind
+from kvstore.manifest import ARRAYS, Manifest, read_manifest
 from kvstore.spec import KVSpec
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment
@@ -26,9 +27,6 @@ from pipeline.models.capture import capture_kv
 from pipeline.models.load import load_causal_lm
 from pipeline.models.probe import length_dependent_rope, probe_causal, probe_kv_spec
 from pipeline.plan import Task, padded_length, plan_batches
-
-SINK_TOKENS = 4
-"""First positions of a sample, which attend to nothing else and whose keys are often extreme; left out of calibration."""
 
 Spans = list[tuple[int, int]]
 """Offset in the shard and length of every sample along a packed token axis."""
@@ -111,7 +109,7 @@ class Worker:
 
         def keep(layer: int, spans: Spans, key: np.ndarray, value: np.ndarray) -> None:
             kept.append((layer, spans, key, value))
-            wanted = np.concatenate([np.arange(length) >= min(SINK_TOKENS, length // 2) for _, length in spans])
+            wanted = calibration_mask([length for _, length in spans])
             for kind, values in zip(KINDS, (key, value), strict=True):
                 geometry = stored.layer(layer)
                 dim = geometry.key_dim if kind == "key" else geometry.value_dim

@@ -9,10 +9,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from kvstore.arrays import Calibration, calibration_fingerprint
-from kvstore.codec import ChannelMoments, codec_named, fit_quantizer
+from kvstore.calibration import Calibration, ChannelMoments, calibration_fingerprint, fit_groups
+from kvstore.codec import KINDS, parse_codecs
 from kvstore.commits import SampleRow, sample_id, token_crc32c
-from kvstore.manifest import KINDS, Kind, Layout, Manifest, plan_chunk_tokens, plan_groups, plan_shard_tokens
+from kvstore.manifest import Layout, Manifest, plan_chunk_tokens, plan_groups, plan_shard_tokens
 from kvstore.samples import compact
 from kvstore.spec import Dtype, KVSpec, LayerSpec, RopeSpec
 from kvstore.writer import ShardWriter, create_store
@@ -64,20 +64,18 @@ def random_source(spec: KVSpec, lengths: Sequence[int], seed: int = 0) -> Source
 
 
 def calibrate(source: Source, codec: str) -> Calibration:
-    calibration: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
-    for group in plan_groups(source.spec, codec_named(codec)):
-        for index, kind in enumerate(KINDS):
-            quantizer = group.quantizer(kind)
-            if quantizer is None:
-                continue
-            fits = []
-            for layer in group.layers:
-                moments = ChannelMoments.zeros(group.num_kv_heads, group.dim(kind))
-                for sample in source.kv:
-                    moments.add(sample[layer][index])
-                fits.append(fit_quantizer(quantizer, moments))
-            calibration.setdefault(group.path, {})[kind] = (np.stack([m for m, _ in fits]), np.stack([s for _, s in fits]))
-    return calibration
+    groups = plan_groups(source.spec, parse_codecs(codec, source.spec.layer_numbers))
+    moments = {
+        (layer, kind): ChannelMoments.zeros(group.num_kv_heads, group.dim(kind))
+        for group in groups
+        for layer in group.layers
+        for kind in KINDS
+    }
+    for sample in source.kv:
+        for layer, sides in sample.items():
+            for kind, values in zip(KINDS, sides, strict=True):
+                moments[layer, kind].add(values)
+    return fit_groups(groups, moments)
 
 
 def begin_store(
@@ -91,7 +89,7 @@ def begin_store(
     """Create the empty store; returns its manifest, calibration and the samples of each shard."""
     lengths = [len(ids) for ids in source.input_ids]
     calibration = calibrate(source, codec)
-    groups = plan_groups(source.spec, codec_named(codec))
+    groups = plan_groups(source.spec, parse_codecs(codec, source.spec.layer_numbers))
     chunk = plan_chunk_tokens(lengths)
     shard_tokens = plan_shard_tokens(lengths, chunk, groups)
     tasks: list[list[int]] = [[]]

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import CodecError
-from kvstore.codec import CODECS, ChannelMoments, Quantizer, code_dim, codec_named, decode, encode, fit_quantizer, saturated
+from kvstore.calibration import ChannelMoments, fit_quantizer
+from kvstore.codec import CODECS, Quantizer, code_dim, codec_named, decode, encode, saturated
 
-INT8, NIBBLE = Quantizer(bits=8, step_sigmas=0.25), Quantizer(bits=4, step_sigmas=0.5)
+INT8, NIBBLE = Quantizer(form="int8", step_sigmas=0.25), Quantizer(form="nibble", step_sigmas=0.5)
 
 
 def moments_of(values: np.ndarray) -> ChannelMoments:
@@ -91,7 +92,7 @@ def test_moments_do_not_depend_on_how_the_data_was_cut() -> None:
 
 def test_four_bit_codes_need_an_even_dim() -> None:
     assert code_dim(NIBBLE, 6) == 3
-    with pytest.raises(CodecError, match="value_dim: got 7, expected an even number"):
+    with pytest.raises(CodecError, match="head dim: got 7, expected an even number"):
         code_dim(NIBBLE, 7)
 
 
@@ -113,7 +114,7 @@ def test_codes_are_pinned_byte_for_byte() -> None:
     assert encode(INT8, values, mean, step)[0, 0].tolist() == [-6, 2, -2, 4, 0, -4]
     assert encode(NIBBLE, values, mean, step)[0, 0].tolist() == [194, 138, 70]
     digests = {
-        quantizer.bits: hashlib.sha256(encode(quantizer, values, mean, step).tobytes()).hexdigest()[:16]
+        quantizer.form: hashlib.sha256(encode(quantizer, values, mean, step).tobytes()).hexdigest()[:16]
         for quantizer in (INT8, NIBBLE)
     }
-    assert digests == {8: "19b480ea958aa8a7", 4: "84eb779d0e7d5dca"}
+    assert digests == {"int8": "19b480ea958aa8a7", "nibble": "84eb779d0e7d5dca"}
