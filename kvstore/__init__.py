@@ -5,9 +5,11 @@ from kvstore.errors import (
     CorruptShardError,
     FingerprintMismatchError,
     KVStoreError,
+    LeaseHeldError,
     ShardNotCommittedError,
     StoreFormatError,
     StoreNotFoundError,
+    StoreWriteError,
 )
 from kvstore.reader import KVBatch, Store, open_store
 from kvstore.spec import KVSpec, LayerSpec, RopeSpec
@@ -20,10 +22,12 @@ __all__ = [
     "KVSpec",
     "KVStoreError",
     "LayerSpec",
+    "LeaseHeldError",
     "RopeSpec",
     "ShardNotCommittedError",
     "Store",
     "StoreFormatError",
     "StoreNotFoundError",
+    "StoreWriteError",
     "open_store",
 ]

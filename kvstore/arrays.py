@@ -1,11 +1,13 @@
 """The Zarr arrays of a store: their names, shapes, codecs and attributes (FORMAT.md 3), made by zarr-python.
 
-Bulk data goes through tensorstore on the same files. Knows no samples and no commits.
+Everything else goes through tensorstore on the same files. Knows no samples and no commits.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +19,75 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.codec import KINDS, Kind
 from kvstore.errors import CorruptShardError
-from kvstore.manifest import Group, Manifest
+from kvstore.manifest import ARRAYS, Group, Manifest
+from kvstore.records import fingerprint
+from kvstore.storage import Storage
 
 UNWRITTEN_TOKEN = -1
 _MISSING_CHUNK = 2**64 - 1
 
 
-def read_calibration(path: Path, manifest: Manifest) -> Calibration:
+def array_key(group: Group, name: str) -> str:
+    """Path of an array inside kv.zarr."""
+    return f"{group.path}/{name}".lstrip("/")
+
+
+def array_keys(manifest: Manifest) -> list[str]:
+    """Paths inside kv.zarr of the arrays that shards are written into: codes group by group, token ids last."""
+    return [*(array_key(group, group.array(kind)) for group in manifest.groups for kind in KINDS), "input_ids"]
+
+
+def shard_key(array: str, shard: int) -> str:
+    """Key in the store of one shard of one array."""
+    return f"{ARRAYS}/{array}/c/{shard}" if array == "input_ids" else f"{ARRAYS}/{array}/c/0/{shard}/0/0"
+
+
+def index_bytes(manifest: Manifest, array: str) -> int:
+    """Length of the index at the end of a Zarr shard: offset and size of every inner chunk, and a crc32c."""
+    group = next((group for group in manifest.groups for kind in KINDS if array_key(group, group.array(kind)) == array), None)
+    chunks = manifest.layout.shard_tokens // manifest.layout.chunk_tokens
+    return 16 * chunks * (len(group.layers) if group else 1) + 4
+
+
+def read_calibration(storage: Storage, manifest: Manifest) -> Calibration:
     """Mean and step of every quantised array.
 
     Raises:
         CorruptShardError: they are not those the manifest names.
     """
-    root = zarr.open_group(path, mode="r")
     calibration: dict[str, dict[Kind, tuple[np.ndarray, np.ndarray]]] = {}
     for group in manifest.groups:
         for kind in KINDS:
             if group.quantizer(kind) is not None:
-                names = (f"{group.path}/{kind}_{statistic}".lstrip("/") for statistic in ("mean", "step"))
-                mean, step = (np.asarray(root[name][...]) for name in names)  # type: ignore[index]  # zarr types a member as array or group
+                keys = (array_key(group, f"{kind}_{statistic}") for statistic in ("mean", "step"))
+                mean, step = (read_small_array(storage, manifest, key) for key in keys)
                 calibration.setdefault(group.path, {})[kind] = (mean, step)
     actual = calibration_fingerprint(calibration)
     if actual != manifest.calibration:
         raise CorruptShardError(
-            f"calibration: mean and step arrays hash to {actual}, the manifest says {manifest.calibration} ({path}); "
-            "the store is damaged, extract again"
+            f"calibration: mean and step arrays hash to {actual}, the manifest says {manifest.calibration} ({storage.location}); "
+            "the store is damaged, restore kv.zarr's *_mean and *_step or extract again"
         )
     return calibration
 
 
+def read_small_array(storage: Storage, manifest: Manifest, array: str) -> np.ndarray:
+    """One of the arrays that are not sharded.
+
+    Raises:
+        CorruptShardError: it is missing or damaged.
+    """
+    view = open_array(storage, manifest, array)
+    try:
+        return np.asarray(view.read().result())
+    except ValueError as error:
+        raise CorruptShardError(
+            f"{storage.location}/{ARRAYS}/{array}: {error}; it is missing or damaged, restore it"
+        ) from error
+
+
 def create_arrays(path: Path, manifest: Manifest, calibration: Calibration) -> None:
+    """Lay out the empty arrays of a store in a local folder."""
     layout = manifest.layout
     zarr.create_group(path, zarr_format=3)
     for group in manifest.groups:
@@ -127,18 +168,74 @@ def _compressors(group: Group, kind: Kind) -> list[Any]:
     return [ZstdCodec(level=1), Crc32cCodec()]
 
 
-def open_array(path: Path, *, context: ts.Context | None = None) -> ts.TensorStore:
-    """Open one array by tensorstore so that missing data raises and every written chunk is stored, all-zero ones too."""
+def open_array(storage: Storage, manifest: Manifest, array: str, *, context: ts.Context | None = None) -> ts.TensorStore:
+    """Open an array of a store for reading, so that missing data raises.
+
+    Raises:
+        CorruptShardError: its zarr.json is missing or not the one the manifest names.
+    """
+    document = read_metadata(storage, manifest, f"{array}/zarr.json")
+    if "token" in document.get("dimension_names", ()) and document["shape"][_token_axis(document)] < manifest.layout.num_tokens:
+        raise CorruptShardError(
+            f"{storage.location}/{ARRAYS}/{array}/zarr.json: {document['shape']} is shorter than the manifest's "
+            f"{manifest.layout.num_tokens} tokens; the manifest is newer than the arrays"
+        )
+    try:
+        return _open(storage.tensorstore_spec(f"{ARRAYS}/{array}"), context)
+    except ValueError as error:
+        raise CorruptShardError(f"{storage.location}/{ARRAYS}/{array}: cannot be opened ({error})") from error
+
+
+def open_folder(path: Path) -> ts.TensorStore:
+    """Open one array in a local folder for writing; every written chunk is stored, all-zero ones too."""
+    return _open({"driver": "file", "path": f"{path}/"}, None)
+
+
+def _open(kvstore: dict[str, Any], context: ts.Context | None) -> ts.TensorStore:
     return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{path}/"},
-            "fill_missing_data_reads": False,
-            "store_data_equal_to_fill_value": True,
-        },
+        {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False, "store_data_equal_to_fill_value": True},
         open=True,
         context=context or ts.Context(),
     ).result()
+
+
+def read_metadata(storage: Storage, manifest: Manifest, key: str) -> dict[str, Any]:
+    """One zarr.json, by its path inside kv.zarr.
+
+    Raises:
+        CorruptShardError: it is missing or not the one the manifest names.
+    """
+    where = f"{storage.location}/{ARRAYS}/{key}"
+    try:
+        document: dict[str, Any] = json.loads(storage.read(f"{ARRAYS}/{key}"))
+        actual = metadata_fingerprint(document)
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CorruptShardError(f"{where}: missing or no Zarr metadata ({error!r}); restore it or extract again") from error
+    if actual != manifest.metadata.get(key):
+        raise CorruptShardError(
+            f"{where}: its content hashes to {actual}, the manifest says {manifest.metadata.get(key)}; it was changed, restore it"
+        )
+    return document
+
+
+def metadata_fingerprint(document: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of a zarr.json; the length of the token axis is left out, for it grows with the data."""
+    if "token" in (document.get("dimension_names") or ()):
+        shape: list[int | None] = list(document["shape"])
+        shape[_token_axis(document)] = None
+        document = {**document, "shape": shape}
+    return fingerprint(document)
+
+
+def resized(document: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+    """The zarr.json of an array with another length of its token axis."""
+    shape = list(document["shape"])
+    shape[_token_axis(document)] = num_tokens
+    return {**document, "shape": shape}
+
+
+def _token_axis(document: Mapping[str, Any]) -> int:
+    return list(document["dimension_names"]).index("token")
 
 
 def chunk_bytes(shard: Path, num_layers: int, chunks_per_layer: int) -> list[int]:

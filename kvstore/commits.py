@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import google_crc32c
@@ -14,7 +14,8 @@ from jaxtyping import Integer
 
 from kvstore.errors import ShardNotCommittedError, StoreFormatError
 from kvstore.manifest import COMMITS
-from kvstore.records import create_sealed, read_sealed, staging_path
+from kvstore.records import create_sealed, read_sealed, write_sealed
+from kvstore.storage import Storage
 
 
 def sample_id(input_ids: Integer[np.ndarray, "token"]) -> str:
@@ -54,6 +55,8 @@ class StoredObject:
     """Relative to the store."""
     size_bytes: int
     sha256: str
+    index_sha256: str
+    """sha256 of the shard's index at its end: tells another shard of equal size without reading it whole."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +80,7 @@ class Commit:
         return sum(stored.size_bytes for stored in self.objects)
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], where: Path) -> Commit:
+    def from_json(cls, record: Mapping[str, Any], where: str) -> Commit:
         try:
             return cls(
                 shard=record["shard"],
@@ -90,38 +93,50 @@ class Commit:
             raise StoreFormatError(f"{where}: {error!r}; expected the fields of FORMAT.md 5") from error
 
 
-def commit_path(root: Path, shard: int) -> Path:
-    return root / COMMITS / f"{shard:05d}.json"
+def commit_key(shard: int) -> str:
+    return f"{COMMITS}/{shard:05d}.json"
 
 
-def write_commit(root: Path, commit: Commit) -> bool:
+def create_commit(storage: Storage, commit: Commit) -> bool:
     """Create the commit record; False when the shard is committed already."""
-    return create_sealed(commit_path(root, commit.shard), dataclasses.asdict(commit), staging_path(root, "commit"))
+    return create_sealed(storage, commit_key(commit.shard), dataclasses.asdict(commit))
 
 
-def read_commit(root: Path, shard: int) -> Commit:
+def replace_commit(storage: Storage, commit: Commit) -> None:
+    """Put another record in place of one: for `drop` and `repair` alone, which hold the whole store."""
+    write_sealed(storage, commit_key(commit.shard), dataclasses.asdict(commit))
+
+
+def read_commit(storage: Storage, shard: int) -> Commit:
     """Read and verify one commit record.
 
     Raises:
         ShardNotCommittedError: the shard has none.
-        StoreFormatError: the record is damaged.
+        StoreFormatError: the record is damaged, or that of another shard.
     """
-    path = commit_path(root, shard)
+    key = commit_key(shard)
+    where = f"{storage.location}/{key}"
     try:
-        return Commit.from_json(read_sealed(path), path)
+        commit = Commit.from_json(read_sealed(storage, key), where)
     except FileNotFoundError:
-        raise ShardNotCommittedError(f"shard {shard}: no commit record at {path}; run the extraction again") from None
+        raise ShardNotCommittedError(f"shard {shard}: no commit record at {where}; run the extraction again") from None
+    except StoreFormatError as error:
+        raise StoreFormatError(f"shard {shard}: {error}") from error
+    if commit.shard != shard:
+        raise StoreFormatError(f"shard {shard}: {where} is the record of shard {commit.shard}; restore it, or 'kvpipe repair'")
+    return commit
 
 
-def committed_shards(root: Path) -> set[int]:
+def committed_shards(storage: Storage) -> set[int]:
     """Numbers of all committed shards, from the names of their records."""
-    return {int(path.stem) for path in (root / COMMITS).glob("*.json") if path.stem.isdecimal()}
+    names = (PurePosixPath(entry.key) for entry in storage.entries(COMMITS))
+    return {int(name.stem) for name in names if name.suffix == ".json" and name.stem.isdecimal()}
 
 
 def merge_fidelity(commits: Sequence[Commit]) -> dict[str, Any]:
     """Fidelity over several shards: root mean square errors, largest maximum, mean saturation and bits."""
     weights = np.array([commit.num_tokens for commit in commits], dtype=float)
-    weights /= weights.sum()
+    weights /= max(weights.sum(), 1.0)
     merged: dict[str, Any] = {}
     for layer, kinds in commits[0].fidelity.items():
         merged[layer] = {}

@@ -17,7 +17,7 @@ def describe(store: Store) -> dict[str, Any]:
     stored_bytes = int(np.sum(summary["stored_bytes"].to_numpy()))
     committed = len(summary)
     return {
-        "path": str(store.path),
+        "path": store.location,
         "created": manifest.created,
         "kvpipe_version": manifest.kvpipe_version,
         "complete": committed == manifest.layout.num_shards,

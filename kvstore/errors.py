@@ -27,3 +27,11 @@ class CorruptShardError(KVStoreError):
 
 class CodecError(KVStoreError):
     """Values cannot be encoded as asked: not finite, or of a shape the codec cannot hold."""
+
+
+class LeaseHeldError(KVStoreError):
+    """Another process is writing these shards: wait for it, or take others."""
+
+
+class StoreWriteError(KVStoreError, OSError):
+    """The disk or bucket refused: free space or mend permissions, and run the same command again."""

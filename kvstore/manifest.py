@@ -6,16 +6,17 @@ Pure records and planning; `writer` and `reader` put them on disk and take them 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
 
 from kvstore.codec import KINDS, Codec, Kind, Quantizer, code_dim, codec_named, storage_dtype
 from kvstore.errors import FingerprintMismatchError, StoreFormatError, StoreNotFoundError
-from kvstore.records import Difference, differences, fingerprint, read_sealed
+from kvstore.layout import Layout
+from kvstore.records import Difference, differences, fingerprint, read_sealed, write_sealed
 from kvstore.spec import Dtype, KVSpec, LayerSpec
+from kvstore.storage import Storage
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -23,27 +24,7 @@ ARRAYS = "kv.zarr"
 COMMITS = "commits"
 SAMPLES = "samples"
 TOKENIZER = "tokenizer"
-
-MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 1024
-MAX_SHARD_BYTES = 256 * 2**20
-MAX_SHARD_TOKENS = 65_536
-_SHARDS_WANTED = 32
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """How the token axis is cut; the same for every array of a store."""
-
-    chunk_tokens: int
-    """Tokens of an inner chunk, Zarr's unit of decoding; samples start on one."""
-    shard_tokens: int
-    """Tokens of a shard, Zarr's stored object and the unit of work, commit and hash."""
-    num_shards: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of the token axis, gaps between samples included."""
-        return self.shard_tokens * self.num_shards
+GATE = "gate.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,20 +93,6 @@ def plan_groups(spec: KVSpec, codecs: Mapping[int, Codec]) -> tuple[Group, ...]:
     return tuple(dataclasses.replace(group, path=f"group_{index}" if index else "") for index, group in enumerate(groups))
 
 
-def plan_chunk_tokens(lengths: Sequence[int]) -> int:
-    """Power of two at most a quarter of the median sample, 64 to 1,024: a sample alone is then read with little waste."""
-    quarter = max(int(np.median(lengths)) // 4, 1)
-    return int(np.clip(1 << (quarter.bit_length() - 1), MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS))
-
-
-def plan_shard_tokens(lengths: Sequence[int], chunk_tokens: int, groups: Sequence[Group]) -> int:
-    """Multiple of the chunk that holds the longest sample; else about 1/32 of the data, 256 MiB or 65,536 tokens, the least."""
-    padded = [-(-length // chunk_tokens) for length in lengths]
-    by_bytes = MAX_SHARD_BYTES // max(group.token_bytes for group in groups) // chunk_tokens
-    wanted = min(-(-sum(padded) // _SHARDS_WANTED), by_bytes, MAX_SHARD_TOKENS // chunk_tokens)
-    return chunk_tokens * max(wanted, max(padded))
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Immutable identity of a store; `manifest.json` holds it sealed with its own sha256."""
@@ -140,10 +107,16 @@ class Manifest:
     """Record of `pipeline.align.Alignment`, None where no student was named."""
     calibration: str | None
     """sha256 over the mean and step arrays; None for raw."""
+    metadata: dict[str, str]
+    """Fingerprint of every zarr.json by its path inside kv.zarr (`arrays.metadata_fingerprint`)."""
+    tokenizer: dict[str, str]
+    """sha256 of every file in tokenizer/ by name."""
     signal: dict[str, Any]
     """Everything that shapes the numbers: weights, tokenizer, codec, alignment, layers, dtype."""
     data: dict[str, Any]
-    """Which samples the store is for, and how they were cut."""
+    """Which samples the store is for: `parts` in the order they were added, and a digest of those `dropped`."""
+    runs: list[dict[str, Any]]
+    """How each part of the data was made: the settings of its extraction, or the stores it was merged or recoded from."""
     created: str
     """UTC time, ISO 8601."""
     kvpipe_version: str
@@ -181,7 +154,7 @@ class Manifest:
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], where: Path) -> Manifest:
+    def from_json(cls, record: Mapping[str, Any], where: str) -> Manifest:
         """Parse a manifest.
 
         Raises:
@@ -209,25 +182,32 @@ class Manifest:
         return manifest
 
 
-_PLAIN_FIELDS = ("alignment", "calibration", "signal", "data", "created", "kvpipe_version")
+_PLAIN_FIELDS = (*("alignment", "calibration", "metadata", "tokenizer", "signal", "data", "runs", "created", "kvpipe_version"),)
 
 
-def read_manifest(root: Path) -> Manifest:
-    """Read and verify the manifest of the store at `root`.
+def read_manifest(storage: Storage) -> Manifest:
+    """Read and verify the manifest of a store.
 
     Raises:
         StoreNotFoundError: no manifest there.
         StoreFormatError: it is damaged or of another version.
     """
-    path = root / MANIFEST
-    if not path.is_file():
+    where = storage.location
+    try:
+        record = read_sealed(storage, MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFoundError(
-            f"no store at {root}: {MANIFEST} is missing; make one with 'kvpipe extract --teacher T --data D --out {root}'"
-        )
-    return Manifest.from_json(read_sealed(path), path)
+            f"no store at {where}: {MANIFEST} is missing; make one with 'kvpipe extract --teacher T --data D --out {where}'"
+        ) from None
+    return Manifest.from_json(record, f"{where}/{MANIFEST}")
 
 
-def refuse_mismatch(where: Path, *, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+def write_manifest(storage: Storage, manifest: Manifest) -> None:
+    """Put the manifest in place at once; a store begins to exist with it."""
+    write_sealed(storage, MANIFEST, manifest.to_json())
+
+
+def refuse_mismatch(where: str, *, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str, hint: str = "") -> None:
     """Compare an existing store's identity with that of this run.
 
     Raises:
@@ -238,5 +218,5 @@ def refuse_mismatch(where: Path, *, stored: Mapping[str, Any], wanted: Mapping[s
         raise FingerprintMismatchError(
             f"{what} of this run differs from the store at {where} in {len(found)} field(s):\n  "
             + "\n  ".join(str(difference) for difference in found)
-            + "\nNothing was written. Run with the store's own settings to resume it, or choose another --out."
+            + f"\nNothing was written. Run with the store's own settings to resume it, or choose another --out. {hint}".rstrip()
         )

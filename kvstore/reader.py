@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +18,16 @@ import tensorstore as ts
 from jaxtyping import Float32, Int32, Int64
 
 from kvstore import codec as codecs
-from kvstore.arrays import open_array, read_calibration
+from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
-from kvstore.commits import read_commit, token_crc32c
+from kvstore.commits import Commit, read_commit, token_crc32c
 from kvstore.errors import CorruptShardError
-from kvstore.manifest import ARRAYS, TOKENIZER, Group, Manifest, read_manifest
+from kvstore.manifest import TOKENIZER, Group, Manifest, read_manifest
+from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
+from kvstore.storage import Folder, Storage, locate
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,25 +46,27 @@ class KVBatch:
 class Store:
     """An open store; samples are numbered in order of shard and position.
 
-    Safe for reading from several threads. Pickles as its path, so that a loader's worker process opens its own.
+    Safe for reading from several threads. Pickles as its location, so that a loader's worker process opens its own.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.path = root
-        self.manifest: Manifest = read_manifest(root)
-        self.samples = SampleTable(root)
+    def __init__(self, location: str | Storage, commits: Sequence[Commit] | None = None) -> None:
+        """Open a store; with `commits`, see these shards alone and no sample tables."""
+        self.storage = locate(location)
+        self.location = self.storage.location
+        self.manifest: Manifest = read_manifest(self.storage)
+        self.samples = SampleTable(self.storage, commits)
         self._arrays: dict[str, ts.TensorStore] = {}
-        self._sized: set[int] = set()
+        self._verified: set[int] = set()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
-        return Store, (self.path,)
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.location,)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __repr__(self) -> str:
-        return f"<Store {self.path}: {len(self)} samples, {len(self.spec.layers)} layers>"
+        return f"<Store {self.location}: {len(self)} samples, {len(self.spec.layers)} layers>"
 
     @property
     def spec(self) -> KVSpec:
@@ -70,9 +75,21 @@ class Store:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Folder with the tokenizer the token ids belong to, None when it was not kept."""
-        folder = self.path / TOKENIZER
-        return folder if folder.is_dir() else None
+        """Folder with the tokenizer the token ids belong to, None when it was not kept; of a bucket a copy that goes with this
+        object."""
+        if not self.manifest.tokenizer:
+            return None
+        if isinstance(self.storage, Folder):
+            return self.storage.root / TOKENIZER
+        return self._tokenizer_copy
+
+    @cached_property
+    def _tokenizer_copy(self) -> Path:
+        self._copies = tempfile.TemporaryDirectory(prefix="kvpipe-tokenizer-")
+        folder = Path(self._copies.name)
+        for name in self.manifest.tokenizer:
+            (folder / name).write_bytes(self.storage.read(f"{TOKENIZER}/{name}"))
+        return folder
 
     def read(self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None) -> KVBatch:
         """Read samples, decoded to float32.
@@ -89,13 +106,13 @@ class Store:
         indices = [operator.index(index) for index in sample_indices]
         outside = [index for index in indices if not 0 <= index < len(self)]
         if outside:
-            raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.path})")
+            raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.location})")
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
-        for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._sized):
-            self._verify_sizes(shard)
+        for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
+            self._verify_objects(shard)
         spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
         pending = {
-            (group.path, kind): self._request(f"{group.path}/{group.array(kind)}", spans, slots)
+            (group.path, kind): self._request(array_key(group, group.array(kind)), spans, slots)
             for group, slots in self._slots(wanted)
             for kind in KINDS
         }
@@ -125,7 +142,7 @@ class Store:
 
     def _request(self, array: str, spans: Sequence[tuple[int, int]], slots: list[int] | None) -> Any:
         """Start one read of all spans of one array."""
-        view = self._open(array.lstrip("/"))
+        view = self._open(array)
         axis = 0
         if slots is not None:
             axis = 1
@@ -138,7 +155,7 @@ class Store:
 
     def _open(self, array: str) -> ts.TensorStore:
         if array not in self._arrays:
-            self._arrays[array] = open_array(self.path / ARRAYS / array, context=self._context)
+            self._arrays[array] = open_array(self.storage, self.manifest, array, context=self._context)
         return self._arrays[array]
 
     def _assemble(self, kind: Kind, layers: Sequence[int], codes: dict[Any, np.ndarray], num_tokens: int) -> np.ndarray:
@@ -165,25 +182,36 @@ class Store:
     @cached_property
     def calibration(self) -> Calibration:
         """Mean and step of every quantised array, by group path and kind; verified against the manifest."""
-        return read_calibration(self.path / ARRAYS, self.manifest)
+        return read_calibration(self.storage, self.manifest)
 
-    def _verify_sizes(self, shard: int) -> None:
-        """Compare a shard's files with its commit record when it is first touched: missing, truncated or foreign ones."""
-        commit = read_commit(self.path, shard)
+    def _verify_objects(self, shard: int) -> None:
+        """When a shard is first touched, compare its files with its commit record: missing, truncated and foreign ones."""
+        commit = read_commit(self.storage, shard)
         if commit.signal != self.manifest.signal_fingerprint:
             raise CorruptShardError(
                 f"shard {shard}: committed for signal {commit.signal[:12]}, the store is "
-                f"{self.manifest.signal_fingerprint[:12]} ({self.path}); the shard is of another run, extract again"
+                f"{self.manifest.signal_fingerprint[:12]} ({self.location}); the shard is of another run, extract again"
             )
-        for stored in commit.objects:
-            file = self.path / stored.path
-            size = file.stat().st_size if file.is_file() else None
+        expected = {shard_key(array, shard): index_bytes(self.manifest, array) for array in array_keys(self.manifest)}
+        listed = {stored.path: stored for stored in commit.objects}
+        if listed.keys() != expected.keys():
+            raise CorruptShardError(
+                f"shard {shard}: its commit record lists {sorted(listed)}, expected {sorted(expected)} ({self.location}); the "
+                "manifest and the shards are of different stores"
+            )
+        for path, stored in listed.items():
+            size = self.storage.size(path)
             if size != stored.size_bytes:
                 raise CorruptShardError(
-                    f"shard {shard}: {stored.path} has {'no file' if size is None else f'{size} bytes'}, expected "
-                    f"{stored.size_bytes} bytes ({self.path}); the shard is missing or damaged, restore it or extract again"
+                    f"shard {shard}: {path} has {'no file' if size is None else f'{size} bytes'}, expected "
+                    f"{stored.size_bytes} bytes ({self.location}); the shard is missing or damaged, restore it or 'kvpipe repair'"
                 )
-        self._sized.add(shard)
+            if bytes_sha256(self.storage.read(path, expected[path])) != stored.index_sha256:
+                raise CorruptShardError(
+                    f"shard {shard}: {path} has another index than the one committed ({self.location}); it is damaged, of another "
+                    "shard or of an older run, restore it or 'kvpipe repair'"
+                )
+        self._verified.add(shard)
 
     def _verify_tokens(self, indices: Sequence[int], input_ids: np.ndarray, cu_seqlens: np.ndarray) -> None:
         for position, index in enumerate(indices):
@@ -192,23 +220,23 @@ class Store:
             if actual != expected:
                 raise CorruptShardError(
                     f"shard {self.samples.shard[index]}, sample {index} (id {self.samples.ids[index][:12]}): token ids have "
-                    f"crc32c {actual:#010x}, expected {expected:#010x} ({self.path}); the shard is not the one committed"
+                    f"crc32c {actual:#010x}, expected {expected:#010x} ({self.location}); the shard is not the one committed"
                 )
 
     def _explain(self, error: ValueError, indices: Sequence[int]) -> CorruptShardError:
         """Name the shards and samples a native read failed on."""
         shards = sorted({int(self.samples.shard[index]) for index in indices})
         return CorruptShardError(
-            f"shard {', '.join(map(str, shards))}, samples {list(indices)[:8]}: reading failed ({error}) ({self.path}); "
+            f"shard {', '.join(map(str, shards))}, samples {list(indices)[:8]}: reading failed ({error}) ({self.location}); "
             "the data is damaged, do not train on it"
         )
 
 
 def open_store(path: str | Path) -> Store:
-    """Open a store for reading.
+    """Open a store for reading: a folder, or `s3://bucket/prefix` and the like (`kvstore.storage.locate`).
 
     Raises:
         StoreNotFoundError: there is none.
         StoreFormatError: its records are damaged or of another schema version.
     """
-    return Store(Path(path).expanduser())
+    return Store(locate(path))

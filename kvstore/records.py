@@ -1,22 +1,14 @@
-"""Small JSON records on disk: canonical form, fingerprints, seals, atomic and create-once writes.
-
-Knows files and bytes; does not know what the records mean.
-"""
+"""Small JSON records: canonical form, fingerprints, differences, and seals that show any change. Knows not what they mean."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvstore.errors import StoreFormatError
-
-STAGING = ".staging"
-"""Folder of a store for everything not yet committed; readers never look into it."""
+from kvstore.storage import Storage
 
 
 class Difference(NamedTuple):
@@ -62,68 +54,41 @@ def differences(got: Any, expected: Any, field: str = "") -> Iterator[Difference
         yield Difference(field, got, expected)
 
 
-def write_sealed(path: Path, body: Mapping[str, Any], staging: Path) -> None:
+def write_sealed(storage: Storage, key: str, body: Mapping[str, Any]) -> None:
     """Write a record with its own sha256, replacing the file at once or not at all."""
-    _stage(body, staging).replace(path)
-    fsync_dir(path.parent)
+    storage.write(key, _sealed(body), replace=True)
 
 
-def create_sealed(path: Path, body: Mapping[str, Any], staging: Path) -> bool:
+def create_sealed(storage: Storage, key: str, body: Mapping[str, Any]) -> bool:
     """Write a sealed record unless one is there; of several writers exactly one gets True."""
-    staged = _stage(body, staging)
-    try:
-        os.link(staged, path)
-    except FileExistsError:
-        return False
-    finally:
-        staged.unlink()
-    fsync_dir(path.parent)
-    return True
+    return storage.write(key, _sealed(body), replace=False)
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(storage: Storage, key: str) -> dict[str, Any]:
     """Read a sealed record and verify its sha256.
 
     Raises:
+        FileNotFoundError: there is none.
         StoreFormatError: not JSON, not sealed, or changed since it was written.
     """
+    where = f"{storage.location}/{key}"
+    content = storage.read(key)
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(content)
         seal = record.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StoreFormatError(f"{path}: not a sealed JSON record ({error!r}); it is truncated or damaged") from error
+        raise StoreFormatError(f"{where}: not a sealed JSON record ({error!r}); it is truncated or damaged") from error
     actual = fingerprint(record)
     if seal != actual:
-        raise StoreFormatError(f"{path}: sha256 of its content is {actual}, it says {seal}; it was changed or damaged")
+        raise StoreFormatError(f"{where}: sha256 of its content is {actual}, it says {seal}; it was changed or damaged")
     return dict(record)
 
 
-def fsync_dir(path: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def bytes_sha256(content: bytes) -> str:
+    """sha256 in hex."""
+    return hashlib.sha256(content).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def staging_path(root: Path, stem: str) -> Path:
-    """A fresh name inside the store's staging folder, which is made when missing."""
-    staging = root / STAGING
-    staging.mkdir(exist_ok=True)
-    return staging / f"{stem}-{secrets.token_hex(8)}"
-
-
-def _stage(body: Mapping[str, Any], staging: Path) -> Path:
+def _sealed(body: Mapping[str, Any]) -> bytes:
     text = json.dumps({**body, "sha256": fingerprint(body)}, ensure_ascii=False, allow_nan=False, indent=1)
-    with staging.open("x", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return staging
+    return f"{text}\n".encode()

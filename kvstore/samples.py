@@ -6,23 +6,28 @@ A commit record is the truth; parquet is its fast form. A shard that is in no ta
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable, Sequence
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, UInt32
 
 from kvstore.commits import Commit, committed_shards, merge_fidelity, read_commit
 from kvstore.errors import KVStoreError, StoreFormatError
 from kvstore.manifest import SAMPLES
-from kvstore.records import fsync_dir, staging_path
+from kvstore.records import bytes_sha256, canonical_json, create_sealed, read_sealed
+from kvstore.storage import Storage
 
-_ROWS = pa.schema(
+ROWS = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
@@ -34,7 +39,7 @@ _ROWS = pa.schema(
         ("text", pa.string()),
     ]
 )
-_SUMMARY = pa.schema(
+SUMMARY = pa.schema(
     [
         ("shard", pa.int32()),
         ("num_samples", pa.int32()),
@@ -42,26 +47,46 @@ _SUMMARY = pa.schema(
         ("stored_bytes", pa.int64()),
     ]
 )
+_COLUMN_DIGESTS = b"kvpipe.columns"
+_HASH_DIGITS = 16
 
 
-def compact(root: Path) -> int:
-    """Move what only commit records say into one more parquet part; returns the number of shards added.
+def compact(storage: Storage) -> int:
+    """Move what only commit records say into one more part and summary; returns the number of shards added.
 
-    Two processes doing so at once is harmless: readers take a shard from the first part that has it.
+    Two processes doing so at once is harmless: readers take a shard from the first summary that has it.
     """
-    loose = sorted(committed_shards(root) - set(_read_summaries(root)["shard"].to_pylist()))
-    if not loose:
-        return 0
-    commits = [read_commit(root, shard) for shard in loose]
-    number = sum(1 for _ in (root / SAMPLES).glob("part-*.parquet"))
-    while not _create_parquet(root, f"part-{number:05d}.parquet", _rows(commits)):
-        number += 1
-    _create_parquet(root, f"summary-{number:05d}.parquet", _summary(commits))
+    listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}
+    loose = sorted(committed_shards(storage) - listed)
+    if loose:
+        commits = [read_commit(storage, shard) for shard in loose]
+        rows = rows_of(commits)
+        part = _parquet(rows)
+        name = bytes_sha256(part)[:_HASH_DIGITS]
+        digests = {column: column_digest(rows[column]) for column in ROWS.names}
+        summary = _parquet(_summary(commits).replace_schema_metadata({_COLUMN_DIGESTS: canonical_json(digests)}))
+        storage.write(f"{SAMPLES}/part-{name}.parquet", part, replace=False)
+        storage.write(f"{SAMPLES}/summary-{name}-{bytes_sha256(summary)[:_HASH_DIGITS]}.parquet", summary, replace=False)
     return len(loose)
 
 
-def _rows(commits: Iterable[Commit]) -> pa.Table:
-    return pa.Table.from_pylist([dataclasses.asdict(row) for commit in commits for row in commit.samples], schema=_ROWS)
+def forget(storage: Storage, shards: Iterable[int]) -> None:
+    """Delete every table that lists one of these shards; `compact` makes new ones. The summary goes first."""
+    gone = set(shards)
+    for key, table in _read_summaries(storage).items():
+        if gone & set(table["shard"].to_pylist()):
+            storage.delete(key)
+            storage.delete(part_key(key))
+
+
+def part_key(summary_key: str) -> str:
+    """The part a summary belongs to: its name begins with the part's."""
+    return f"{SAMPLES}/part-{PurePosixPath(summary_key).name.split('-')[1]}.parquet"
+
+
+def rows_of(commits: Iterable[Commit]) -> pa.Table:
+    """The rows of some shards as a table."""
+    return pa.Table.from_pylist([dataclasses.asdict(row) for commit in commits for row in commit.samples], schema=ROWS)
 
 
 def _summary(commits: Iterable[Commit]) -> pa.Table:
@@ -75,58 +100,116 @@ def _summary(commits: Iterable[Commit]) -> pa.Table:
             }
             for commit in commits
         ],
-        schema=_SUMMARY,
+        schema=SUMMARY,
     )
 
 
-def _create_parquet(root: Path, name: str, table: pa.Table) -> bool:
-    staged = staging_path(root, name)
-    pq.write_table(table, staged, compression="zstd", write_page_checksum=True)
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
+def column_digest(column: pa.ChunkedArray) -> str:
+    """sha256 of a column: of numbers their little-endian bytes; of texts all lengths in bytes as int64, -1 for none, then all
+    the UTF-8 bytes."""
+    digest = hashlib.sha256()
+    if not pa.types.is_string(column.type):
+        digest.update(np.ascontiguousarray(column.to_numpy()).tobytes())
+        return digest.hexdigest()
+    lengths = pc.fill_null(pc.cast(pc.binary_length(column), pa.int64()), -1)
+    digest.update(lengths.to_numpy().astype("<i8").tobytes())
+    for chunk in pc.fill_null(column.cast(pa.large_string()), "").chunks:
+        _, offsets, data = chunk.buffers()
+        bounds = np.frombuffer(offsets, dtype="<i8")[chunk.offset : chunk.offset + len(chunk) + 1]
+        if data is not None and len(bounds):
+            digest.update(memoryview(data)[bounds[0] : bounds[-1]])
+    return digest.hexdigest()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    return file.getvalue()
+
+
+def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table, page checksums verified.
+
+    Raises:
+        StoreFormatError: it is missing or damaged.
+    """
+    where = f"{storage.location}/{key}"
     try:
-        os.link(staged, root / SAMPLES / name)
-    except FileExistsError:
-        return False
-    finally:
-        staged.unlink()
-    fsync_dir(root / SAMPLES)
-    return True
+        return pq.read_table(io.BytesIO(storage.read(key)), columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise StoreFormatError(
+            f"{where}: missing or damaged parquet ({error}); 'kvpipe repair' rebuilds it from commits/, and so does deleting "
+            "the files in samples/ and extracting again"
+        ) from error
 
 
-def _read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise StoreFormatError(f"{path}: damaged parquet ({error}); delete it, it is rebuilt from commits/") from error
+def _read_summaries(storage: Storage) -> dict[str, pa.Table]:
+    """Every summary by its key, its content proved by the hash in its name."""
+    keys = sorted(entry.key for entry in storage.entries(SAMPLES))
+    tables = {}
+    for key in keys:
+        name = PurePosixPath(key)
+        if not name.name.startswith("summary-"):
+            continue
+        content = storage.read(key)
+        if not name.stem.endswith(bytes_sha256(content)[:_HASH_DIGITS]):
+            raise StoreFormatError(
+                f"{storage.location}/{key}: its content does not hash to its name; it is damaged. 'kvpipe repair' rebuilds it "
+                "from commits/"
+            )
+        tables[key] = pq.read_table(io.BytesIO(content))
+    return tables
 
 
-def _read_summaries(root: Path) -> pa.Table:
-    tables = [_read_parquet(path) for path in sorted((root / SAMPLES).glob("summary-*.parquet"))]
-    return pa.concat_tables(tables) if tables else _SUMMARY.empty_table()
+def repeats_key(part: int) -> str:
+    return f"{SAMPLES}/repeats-{part:05d}.json"
+
+
+def write_repeats(storage: Storage, part: int, counts: Mapping[str, int]) -> None:
+    """Keep how often a later part of the data had samples that an earlier one had stored."""
+    create_sealed(storage, repeats_key(part), {"part": part, "counts": dict(counts)})
+
+
+def read_repeats(storage: Storage) -> Counter[str]:
+    """Further counts by sample id, over all parts."""
+    total: Counter[str] = Counter()
+    for entry in storage.entries(SAMPLES):
+        if PurePosixPath(entry.key).name.startswith("repeats-"):
+            total.update(read_sealed(storage, entry.key)["counts"])
+    return total
 
 
 class SampleTable:
     """The committed samples in order of shard and position; columns are read when first asked for.
 
-    Opening reads the per-shard summary only. Safe to share between threads for reading, and pickles as its path and shards.
+    Opening reads the per-shard summaries only. Safe to share between threads for reading.
+
+    Raises:
+        StoreFormatError: a summary is damaged, or lists a shard whose commit record is lost.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        committed = committed_shards(root)
-        parts: dict[int, pa.Table] = {}
-        seen: set[int] = set()
-        summaries = []
-        for path in sorted((root / SAMPLES).glob("summary-*.parquet")):
-            table = _read_parquet(path)
-            fresh = [shard in committed and shard not in seen for shard in table["shard"].to_pylist()]
-            table = table.filter(pa.array(fresh, pa.bool_()))
-            parts[int(path.stem.removeprefix("summary-"))] = table
-            seen.update(table["shard"].to_pylist())
-            summaries.append(table)
-        self._parts = {number: set(table["shard"].to_pylist()) for number, table in parts.items()}
-        self._loose = [read_commit(root, shard) for shard in sorted(committed - seen)]
+    def __init__(self, storage: Storage, commits: Sequence[Commit] | None = None) -> None:
+        """Open the tables of a store; with `commits`, look at these records alone."""
+        self._storage = storage
+        self._parts: dict[str, tuple[set[int], dict[str, str]]] = {}
+        summaries: list[pa.Table] = []
+        if commits is not None:
+            self._loose = list(commits)
+        else:
+            committed, seen = committed_shards(storage), set[int]()
+            for key, table in _read_summaries(storage).items():
+                shards = set(table["shard"].to_pylist())
+                if lost := sorted(shards - committed):
+                    raise StoreFormatError(
+                        f"shard {', '.join(map(str, lost[:5]))}: listed in {storage.location}/{key}, but there is no commit "
+                        "record; it is lost. Restore it, or make it again with 'kvpipe repair'"
+                    )
+                if fresh := shards - seen:
+                    self._parts[part_key(key)] = fresh, json.loads(table.schema.metadata[_COLUMN_DIGESTS])
+                    keep = pa.array([shard in fresh for shard in table["shard"].to_pylist()], pa.bool_())
+                    summaries.append(table.filter(keep).replace_schema_metadata(None))
+                seen |= shards
+            self._loose = [read_commit(storage, shard) for shard in sorted(committed - seen)]
         self.summary: pa.Table = pa.concat_tables([*summaries, _summary(self._loose)]).sort_by("shard")
         """One row per committed shard: shard, num_samples, num_tokens, stored_bytes."""
 
@@ -134,23 +217,41 @@ class SampleTable:
         return int(np.sum(self.summary["num_samples"].to_numpy()))
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        tables = [_rows(self._loose).select(["shard", "token_start", name] if name not in _ORDER else _ORDER)]
-        for number, shards in self._parts.items():
-            path = self._root / SAMPLES / f"part-{number:05d}.parquet"
-            table = _read_parquet(path, columns=[*_ORDER, name] if name not in _ORDER else _ORDER)
-            keep = np.isin(table["shard"].to_numpy(), list(shards))
-            tables.append(table.filter(pa.array(keep)))
+        wanted = list(dict.fromkeys([*_ORDER, name]))
+        tables = [rows_of(self._loose).select(wanted)]
+        for key, (shards, digests) in self._parts.items():
+            table = read_parquet(self._storage, key, wanted)
+            for column in wanted:
+                if column_digest(table[column]) != digests[column]:
+                    raise StoreFormatError(
+                        f"{self._storage.location}/{key}: column {column!r} is not what its summary says; it is damaged. 'kvpipe "
+                        "repair' rebuilds it from commits/"
+                    )
+            tables.append(table.filter(pa.array(np.isin(table["shard"].to_numpy(), list(shards)))))
         column = pa.concat_tables(tables).sort_by([("shard", "ascending"), ("token_start", "ascending")])[name]
         if len(column) != len(self):
             raise StoreFormatError(
-                f"{self._root / SAMPLES}: {len(column)} rows, the summary says {len(self)}; delete the folder's files, "
-                "they are rebuilt from commits/ by running the extraction again"
+                f"{self._storage.location}/{SAMPLES}: {len(column)} rows, the summaries say {len(self)}; 'kvpipe repair' rebuilds "
+                "them from commits/"
             )
         return column
 
     @cached_property
     def ids(self) -> list[str]:
-        return list(self._column("id").to_pylist())
+        """Hex sha256 of every sample's tokens.
+
+        Raises:
+            StoreFormatError: an id stands twice: a sample is stored once.
+        """
+        ids = list(self._column("id").to_pylist())
+        if len(set(ids)) < len(ids):
+            (twice, _), *_ = Counter(ids).most_common(1)
+            where = [int(self.shard[index]) for index, identity in enumerate(ids) if identity == twice]
+            raise StoreFormatError(
+                f"shard {', '.join(map(str, where))}: sample {twice} is stored {len(where)} times, expected once "
+                f"({self._storage.location}); a shard was copied in, or two parts overlap. 'kvpipe verify' lists all"
+            )
+        return ids
 
     @cached_property
     def source(self) -> list[str]:
@@ -178,7 +279,11 @@ class SampleTable:
 
     @cached_property
     def count(self) -> Int32[np.ndarray, "sample"]:
-        return np.asarray(self._column("count").to_numpy())
+        """How often the data had each sample, over all parts of it."""
+        count = np.array(self._column("count").to_numpy())
+        if repeats := read_repeats(self._storage):
+            count += np.array([repeats.get(identity, 0) for identity in self.ids], dtype=count.dtype)
+        return count
 
     def fidelity(self) -> dict[str, Any]:
         """Measured fidelity of every layer over all shards, weighted by their tokens.
@@ -188,8 +293,8 @@ class SampleTable:
         """
         shards = self.summary["shard"].to_pylist()
         if not shards:
-            raise KVStoreError(f"{self._root}: no shard is committed yet, so no fidelity is known")
-        return merge_fidelity([read_commit(self._root, shard) for shard in shards])
+            raise KVStoreError(f"{self._storage.location}: no shard is committed yet, so no fidelity is known")
+        return merge_fidelity([read_commit(self._storage, shard) for shard in shards])
 
 
 _ORDER = ["shard", "token_start"]

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from kvstore.errors import KVStoreError
@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     """Seconds since 1970, by the clock of whatever holds the files."""
 
 
+@runtime_checkable
 class Storage(Protocol):
     """What the store needs of a place; all of it safe between threads and processes."""
 
@@ -51,7 +52,10 @@ class Storage(Protocol):
         """Every file below a folder, in any order; none where there is no folder."""
 
     def write(self, key: str, content: bytes | Path, *, replace: bool) -> bool:
-        """Make a file appear whole and durable. Without `replace`, of several writers exactly one gets True."""
+        """Make a file appear whole and durable; a local file given as content may be moved.
+
+        Without `replace`, of several writers exactly one gets True; the others' content stays with them.
+        """
 
     def delete(self, key: str) -> None:
         """Remove a file; it may be gone already."""
@@ -76,7 +80,8 @@ def locate(location: str | Path | Storage) -> Storage:
         return location
     text = str(location)
     if "://" not in text:
-        return Folder(Path(text).expanduser())
+        # tensorstore takes no '..', and workers may run elsewhere
+        return Folder(Path(os.path.abspath(Path(text).expanduser())))  # noqa: PTH100  # resolve() would follow links
     url = urlsplit(text)
     if url.scheme == "file":
         return Folder(Path(url.path))
@@ -117,9 +122,9 @@ class Folder:
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = content if isinstance(content, Path) else self._stage(content)
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
         try:
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
             if replace:
                 staged.replace(path)
             else:
@@ -127,7 +132,8 @@ class Folder:
         except FileExistsError:
             return False
         finally:
-            staged.unlink(missing_ok=True)
+            if not isinstance(content, Path):
+                staged.unlink(missing_ok=True)
         _sync_folder(path.parent)
         return True
 
@@ -207,9 +213,6 @@ class Bucket:
                 obstore.put(self._client, key, body, mode="overwrite" if replace else "create", use_multipart=False)
         except FileExistsError:
             return False
-        finally:
-            if isinstance(content, Path):
-                content.unlink(missing_ok=True)
         return True
 
     def delete(self, key: str) -> None:

@@ -1,12 +1,13 @@
-"""Creating a store and writing shards into it: objects first, staged and renamed; the commit record last (FORMAT.md 7).
+"""Creating and extending a store, and writing shards into it: objects first, the commit record last (FORMAT.md 7).
 
-Several processes may write different shards of one store at once. Knows no teacher: it is handed numpy arrays.
+Several processes may write different shards of one store at once; `lease` keeps them apart. Knows no teacher: it is handed numpy
+arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,44 +16,85 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from kvstore import codec as codecs
-from kvstore.arrays import UNWRITTEN_TOKEN, chunk_bytes, create_arrays, fill_value, open_array
+from kvstore.arrays import (
+    UNWRITTEN_TOKEN,
+    array_key,
+    array_keys,
+    chunk_bytes,
+    create_arrays,
+    fill_value,
+    index_bytes,
+    metadata_fingerprint,
+    open_folder,
+    read_metadata,
+    resized,
+    shard_key,
+)
 from kvstore.calibration import Calibration, Channel, channels_of
 from kvstore.codec import KINDS, Kind, Values
-from kvstore.commits import Commit, SampleRow, StoredObject, commit_path, read_commit, write_commit
-from kvstore.errors import StoreFormatError
-from kvstore.manifest import ARRAYS, COMMITS, MANIFEST, SAMPLES, TOKENIZER, Group, Manifest
-from kvstore.records import STAGING, file_sha256, fsync_dir, staging_path, write_sealed
+from kvstore.commits import Commit, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
+from kvstore.errors import CodecError, CorruptShardError, StoreFormatError, StoreWriteError
+from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, SAMPLES, TOKENIZER, Group, Manifest, write_manifest
+from kvstore.records import bytes_sha256
+from kvstore.storage import STAGING, Storage
 
-_OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST}
+_OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE}
+_CREATING = f"{STAGING}/creating"
 
 
-def create_store(root: Path, manifest: Manifest, calibration: Calibration, tokenizer: Path | None = None) -> None:
-    """Lay out an empty store: arrays and folders first, the manifest last, so that a crash leaves no store at all.
+def create_store(storage: Storage, manifest: Manifest, calibration: Calibration, tokenizer: Path | None = None) -> Manifest:
+    """Lay out an empty store: arrays and tokenizer first, the manifest last, so that a crash leaves no store at all.
 
     Args:
+        manifest: fingerprints of what is laid out here are filled in.
         tokenizer: folder of tokenizer files to keep in the store.
 
     Raises:
-        StoreFormatError: `root` holds something that is not the beginning of a store.
+        StoreFormatError: there is something that is not the beginning of a store.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    strangers = sorted(entry.name for entry in root.iterdir() if entry.name not in _OWN_ENTRIES)
-    if strangers or (root / MANIFEST).exists() or any((root / COMMITS).glob("*.json")):
+    keys = [entry.key for entry in storage.entries("")]
+    # What a creation leaves behind that died before its manifest lies beside this file.
+    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if _CREATING in keys else {STAGING}
+    strangers = {key.partition("/")[0] for key in keys} - ours
+    if strangers:
         raise StoreFormatError(
-            f"--out: {root} is not empty and is not a store being created (it holds {', '.join(strangers[:5]) or MANIFEST}); "
-            "choose a new folder"
+            f"--out: {storage.location} is not empty and is not a store being created (it holds "
+            f"{', '.join(sorted(strangers)[:5])}); choose a new folder"
         )
-    arrays = staging_path(root, ARRAYS)
-    create_arrays(arrays, manifest, calibration)
-    shutil.rmtree(root / ARRAYS, ignore_errors=True)
-    arrays.rename(root / ARRAYS)
-    if tokenizer is not None:
-        shutil.rmtree(root / TOKENIZER, ignore_errors=True)
-        shutil.copytree(tokenizer, root / TOKENIZER)
-    for folder in (COMMITS, SAMPLES):
-        (root / folder).mkdir(exist_ok=True)
-    fsync_dir(root)
-    write_sealed(root / MANIFEST, manifest.to_json(), staging_path(root, "manifest"))
+    storage.write(_CREATING, b"", replace=True)
+    for entry in [*storage.entries(ARRAYS), *storage.entries(TOKENIZER)]:
+        storage.delete(entry.key)  # of a creation that died before its manifest
+    metadata: dict[str, str] = {}
+    with storage.scratch("create") as scratch:
+        create_arrays(scratch / ARRAYS, manifest, calibration)
+        for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            if file.name == "zarr.json":
+                document = json.loads(file.read_bytes())
+                metadata[file.relative_to(scratch / ARRAYS).as_posix()] = metadata_fingerprint(document)
+            storage.write(file.relative_to(scratch).as_posix(), file, replace=True)
+    kept: dict[str, str] = {}
+    for file in sorted(tokenizer.iterdir()) if tokenizer else ():
+        content = file.read_bytes()
+        kept[file.name] = bytes_sha256(content)
+        storage.write(f"{TOKENIZER}/{file.name}", content, replace=True)
+    manifest = dataclasses.replace(manifest, metadata=metadata, tokenizer=kept)
+    write_manifest(storage, manifest)
+    storage.delete(_CREATING)
+    return manifest
+
+
+def extend_store(storage: Storage, manifest: Manifest) -> None:
+    """Make room for more shards: the arrays grow first, then the manifest says so; a crash in between changes nothing seen.
+
+    Args:
+        manifest: the store's own with a layout of more shards and one more part of data.
+    """
+    for array in array_keys(manifest):
+        key = f"{array}/zarr.json"
+        document = read_metadata(storage, manifest, key)
+        grown = json.dumps(resized(document, manifest.layout.num_tokens), indent=2)
+        storage.write(f"{ARRAYS}/{key}", grown.encode(), replace=True)
+    write_manifest(storage, manifest)
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,11 +102,18 @@ class _ErrorSums:
     """Running sums from which the fidelity of one layer's keys or values is computed."""
 
     count: int = 0
-    saturated: int = 0
+    saturated: float = 0
     squared_error: float = 0.0
     max_abs_error: float = 0.0
-    total: float = 0.0
     squared: float = 0.0
+
+    def adopt(self, fidelity: Mapping[str, float], count: int) -> None:
+        """Add what another store measured on so many values."""
+        self.count += count
+        self.saturated += fidelity["saturation"] * count
+        self.squared_error += fidelity["centred_error"] ** 2 * count
+        self.max_abs_error = max(self.max_abs_error, fidelity["max_abs_error"])
+        self.squared += count
 
 
 class ShardWriter:
@@ -73,8 +122,11 @@ class ShardWriter:
     Holds the codes of one shard in memory. Not safe between threads; one writer per shard and process.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, calibration: Calibration, shard: int) -> None:
-        self._root, self._manifest, self._calibration, self.shard = root, manifest, calibration, shard
+    def __init__(
+        self, storage: Storage, manifest: Manifest, calibration: Calibration, shard: int, samples: Sequence[SampleRow]
+    ) -> None:
+        self._storage, self._manifest, self._calibration = storage, manifest, calibration
+        self.shard, self._samples = shard, tuple(samples)
         tokens = manifest.layout.shard_tokens
         self._codes: dict[tuple[str, Kind], np.ndarray] = {
             (group.path, kind): np.full(
@@ -104,16 +156,16 @@ class ShardWriter:
             spans: token offset inside the shard and length of each sample, in the order of the token axis.
 
         Raises:
-            CodecError: a value is not finite.
+            CodecError: a value is not finite; shard, sample and layer are named.
         """
         group, slot = self._manifest.group_of(layer)
         for kind, values in zip(KINDS, (key, value), strict=True):
             mean, step = channels_of(self._calibration, group, kind, slot)
-            codes = codecs.encode(group.quantizer(kind), values, mean, step)
-            target, position = self._codes[group.path, kind][slot], 0
-            for offset, length in spans:
-                target[offset : offset + length] = codes[position : position + length]
-                position += length
+            try:
+                codes = codecs.encode(group.quantizer(kind), values, mean, step)
+            except CodecError as error:
+                raise self._name_sample(error, layer, kind, spans, values) from None
+            self._place(group, kind, slot, spans, codes)
             self._measure(layer, kind, values, codes, mean, step)
 
     def put_tokens(self, offset: int, input_ids: Int32[np.ndarray, "token"]) -> None:
@@ -121,27 +173,71 @@ class ShardWriter:
         self._input_ids[offset : offset + len(input_ids)] = input_ids
         self._used_tokens = max(self._used_tokens, offset + len(input_ids))
 
-    def commit(self, samples: Sequence[SampleRow]) -> Commit:
+    def put_codes(
+        self, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], codes: codecs.Codes, fidelity: Mapping[str, float]
+    ) -> None:
+        """Take codes as another store of the same signal has them, with that store's fidelity in place of a measurement."""
+        group, slot = self._manifest.group_of(layer)
+        self._place(group, kind, slot, spans, codes)
+        quantizer = group.quantizer(kind)
+        self._errors[layer, kind].adopt(fidelity, codes.size * (quantizer.values_per_byte if quantizer else 1))
+
+    def commit(self, *, replace: bool = False) -> Commit:
         """Write every object of the shard durably, then its commit record; an existing commit wins.
 
+        Args:
+            replace: write over a shard that is committed already; for `drop` and `repair`, which hold the whole store.
+
         Raises:
-            OSError: the disk refused; nothing of the shard is visible then.
+            StoreWriteError: the disk or bucket refused; nothing of the shard is visible then.
+            CorruptShardError: another writer committed other bits meanwhile.
         """
-        if commit_path(self._root, self.shard).exists():
-            return read_commit(self._root, self.shard)
-        staging = staging_path(self._root, f"shard-{self.shard:05d}")
+        if not replace and self._storage.size(commit_key(self.shard)) is not None:
+            return read_commit(self._storage, self.shard)
         try:
-            objects, bits = self._write_objects(staging)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        commit = Commit(
-            shard=self.shard,
-            signal=self._manifest.signal_fingerprint,
-            objects=tuple(objects),
-            samples=tuple(samples),
-            fidelity=self._fidelity(bits),
-        )
-        return commit if write_commit(self._root, commit) else read_commit(self._root, self.shard)
+            with self._storage.scratch(f"shard-{self.shard:05d}") as scratch:
+                objects, bits = self._write_objects(scratch, replace)
+            commit = Commit(
+                shard=self.shard,
+                signal=self._manifest.signal_fingerprint,
+                objects=tuple(objects),
+                samples=self._samples,
+                fidelity=self._fidelity(bits),
+            )
+            if replace:
+                replace_commit(self._storage, commit)
+                return commit
+            if create_commit(self._storage, commit):
+                return commit
+        except OSError as error:
+            raise StoreWriteError(
+                f"shard {self.shard}: writing to {self._storage.location} failed ({error}); mend that (space, permissions, "
+                "connection) and run the same command again: what is committed is kept, and nothing of this shard is visible"
+            ) from error
+        theirs = read_commit(self._storage, self.shard)
+        if theirs.objects != commit.objects:
+            raise CorruptShardError(
+                f"shard {self.shard}: another process committed it with other bits while this one wrote it "
+                f"({self._storage.location}); run 'kvpipe verify' and 'kvpipe repair'"
+            )
+        return theirs
+
+    def _place(self, group: Group, kind: Kind, slot: int, spans: Sequence[tuple[int, int]], codes: codecs.Codes) -> None:
+        target, position = self._codes[group.path, kind][slot], 0
+        for offset, length in spans:
+            target[offset : offset + length] = codes[position : position + length]
+            position += length
+
+    def _name_sample(
+        self, error: CodecError, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], values: Values
+    ) -> CodecError:
+        token = int(np.argwhere(~np.isfinite(values))[0][0])
+        ends = np.cumsum([length for _, length in spans])
+        offset = spans[int(np.searchsorted(ends, token, side="right"))][0]
+        start = self.shard * self._manifest.layout.shard_tokens + offset
+        sample = next((row for row in self._samples if row.token_start == start), None)
+        named = f"sample {sample.id[:12]} ({sample.source})" if sample else f"the sample at token {start}"
+        return CodecError(f"shard {self.shard}, {named}, layer {layer}, {kind}: {error}")
 
     def _measure(
         self, layer: int, kind: Kind, values: Values, codes: np.ndarray, mean: Channel | None, step: Channel | None
@@ -169,42 +265,57 @@ class ShardWriter:
 
         return {str(layer): {kind: record(layer, kind) for kind in KINDS} for layer in self._manifest.spec.layer_numbers}
 
-    def _write_objects(self, staging: Path) -> tuple[list[StoredObject], dict[tuple[int, Kind], float]]:
+    def _write_objects(self, scratch: Path, replace: bool) -> tuple[list[StoredObject], dict[tuple[int, Kind], float]]:
         chunk = self._manifest.layout.chunk_tokens
-        used = -(-self._used_tokens // chunk) * chunk
+        used = self._manifest.layout.padded(self._used_tokens)
         objects: list[StoredObject] = []
-        bits: dict[tuple[int, Kind], float] = {}
-        for group, name, kind, codes in self._arrays():
-            array = f"{group.path}/{name}" if group and group.path else name
-            staged = self._stage_array(staging, array, codes, used)
+        bits: dict[tuple[int, Kind], float] = dict.fromkeys(self._errors, 0.0)
+        if not self._samples:  # all were dropped: a shard without objects
+            for array in array_keys(self._manifest):
+                self._storage.delete(shard_key(array, self.shard))
+            return objects, bits
+        for group, kind, array, codes in self._arrays():
+            staged = self._stage_array(scratch, array, codes, used)
             if group is not None and kind is not None:
                 sizes = chunk_bytes(staged, len(group.layers), self._manifest.layout.shard_tokens // chunk)
                 bits.update({(layer, kind): 8.0 * size for layer, size in zip(group.layers, sizes, strict=True)})
-            target = self._root / ARRAYS / array / staged.relative_to(staging / array)
-            record = StoredObject(
-                path=str(target.relative_to(self._root)), size_bytes=staged.stat().st_size, sha256=file_sha256(staged)
+            content = staged.read_bytes()
+            stored = StoredObject(
+                path=shard_key(array, self.shard),
+                size_bytes=len(content),
+                sha256=bytes_sha256(content),
+                index_sha256=bytes_sha256(content[-index_bytes(self._manifest, array) :]),
             )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged.replace(target)
-            fsync_dir(target.parent)
-            objects.append(record)
+            self._publish(staged, stored, replace)
+            objects.append(stored)
         return objects, bits
 
-    def _arrays(self) -> Iterator[tuple[Group | None, str, Kind | None, np.ndarray]]:
+    def _publish(self, staged: Path, stored: StoredObject, replace: bool) -> None:
+        """Put an object in place. One that is there already without a commit is a dead writer's, or our twin's with these bits."""
+        if not self._storage.write(stored.path, staged, replace=replace) and (
+            bytes_sha256(self._storage.read(stored.path)) != stored.sha256
+        ):
+            self._storage.write(stored.path, staged, replace=True)
+
+    def _arrays(self) -> Iterator[tuple[Group | None, Kind | None, str, np.ndarray]]:
         for group in self._manifest.groups:
             for kind in KINDS:
-                yield group, group.array(kind), kind, self._codes[group.path, kind]
-        yield None, "input_ids", None, self._input_ids
+                yield group, kind, array_key(group, group.array(kind)), self._codes[group.path, kind]
+        yield None, None, "input_ids", self._input_ids
 
-    def _stage_array(self, staging: Path, array: str, codes: np.ndarray, used: int) -> Path:
+    def _stage_array(self, scratch: Path, array: str, codes: np.ndarray, used: int) -> Path:
         """Write one shard object through a copy of its array's metadata, so nothing half-written lies in the store."""
-        folder = staging / array
+        folder = scratch / array
         folder.mkdir(parents=True)
-        shutil.copyfile(self._root / ARRAYS / array / "zarr.json", folder / "zarr.json")
+        document = read_metadata(self._storage, self._manifest, f"{array}/zarr.json")
+        num_tokens = (self.shard + 1) * self._manifest.layout.shard_tokens
+        (folder / "zarr.json").write_text(json.dumps(resized(document, num_tokens)))
         start = self.shard * self._manifest.layout.shard_tokens
         with_layers = codes.ndim > 1
         region = (slice(None), slice(start, start + used)) if with_layers else (slice(start, start + used),)
-        target = open_array(folder)[region]
-        target.write(codes[:, :used] if with_layers else codes[:used]).result()
-        parts = ("c", "0", str(self.shard), "0", "0") if with_layers else ("c", str(self.shard))
-        return folder.joinpath(*parts)
+        target = open_folder(folder)[region]
+        try:
+            target.write(codes[:, :used] if with_layers else codes[:used]).result()
+        except ValueError as error:  # tensorstore's only class of error, a full disk included
+            raise OSError(f"{array}: {error}") from error
+        return scratch / shard_key(array, self.shard).removeprefix(f"{ARRAYS}/")

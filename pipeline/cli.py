@@ -48,10 +48,10 @@ def cli() -> None:
 @click.option(
     "--data", multiple=True, help="Text files or globs, .jsonl[.gz|.zst], .parquet, datasets folder, or hub id[:config]."
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the store; run again to resume.")
+@click.option("--out", help="Folder of the store, or s3://bucket/prefix; run again to resume.")
 @click.option("--student", help="Bake the alignment to this student: preset, id, folder or config file.")
 @click.option("--layers", help="'all' or a list like 0,4,8-11 or -1. Student layers when --student is given.")
-@click.option("--codec", help="raw, q8 or mix (default): about 12, 6.5, 3.6 bits per value.")
+@click.option("--codec", help="raw, q8, q8z, mix (default), q4z, q4z-min, fp8; by layer: 'mix,0=raw,24-27=q8'.")
 @click.option("--seq-len", type=int, help="Longest sample in tokens [2048].")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [8192].")
 @click.option("--dtype", help="float32, float16, bfloat16 or auto, the checkpoint's own [auto].")
@@ -63,6 +63,9 @@ def cli() -> None:
 @click.option("--limit", type=int, help="Most samples to store.")
 @click.option("--max-tokens", type=int, help="Most tokens to store; 0 for no limit [presets: 1,000,000].")
 @click.option("--max-bytes", type=int, help="Begin no shard that could take the store beyond this.")
+@click.option("--append", is_flag=True, default=None, help="Add this data to the store at --out as a new part.")
+@click.option("--task-range", metavar="N/M", help="Do the N-th of M equal parts of the work, for job arrays without a cluster.")
+@click.option("--calibration", metavar="STORE", help="Use another store's means and steps, so that the two can be merged.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--seed", type=int, help="Shuffle the documents before limits apply.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -108,9 +111,9 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
 
 
 @cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(store: Path, as_json: bool) -> None:
+def inspect(store: str, as_json: bool) -> None:
     """Show what is in a store, in one screen."""
     from kvstore import open_store
     from kvstore.describe import describe
@@ -123,7 +126,7 @@ def inspect(store: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--store", type=click.Path(path_type=Path), help="Folder of the store.")
+@click.option("--store", help="Folder of the store, or s3://bucket/prefix.")
 @click.option("--student", help="Preset, Hugging Face id, folder, or a TOML/JSON file with a fresh config.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.")
 @click.option("--steps", type=int, help="Optimizer steps [1000].")

@@ -22,8 +22,8 @@ class ExtractConfig(pydantic.BaseModel):
     """Preset name, Hugging Face id, or a local folder with safetensors."""
     data: tuple[str, ...] = ()
     """Text files or globs, .jsonl/.parquet files, a `datasets` folder, or a hub id as 'org/name' or 'org/name:config'."""
-    out: Path | None = None
-    """Folder of the store; a preset names a default."""
+    out: str | None = None
+    """Where the store goes: a folder, or `s3://bucket/prefix`; a preset names a default."""
     student: str | None = None
     """Preset, id, folder or config file of a student: bakes its alignment, so the store is smaller and fits only it."""
     layers: str | None = None
@@ -31,7 +31,7 @@ class ExtractConfig(pydantic.BaseModel):
     layer_map: Literal["last_aligned", "uniform"] = "last_aligned"
     """Which teacher layer a student layer takes when a student is named."""
     codec: str = "mix"
-    """raw, q8 or mix: about 12, 6.5 and 3.6 bits per value."""
+    """raw, q8, fp8, q8z, mix, q4z or q4z-min (12 to 2.35 bits per value); layers may differ: 'mix,0=raw,24-27=q8'."""
     seq_len: int = pydantic.Field(2048, ge=2)
     """Longest sample in tokens; longer documents are cut into consecutive samples. At most the teacher's positions."""
     batch_tokens: int = pydantic.Field(8192, ge=1)
@@ -52,6 +52,12 @@ class ExtractConfig(pydantic.BaseModel):
     """Most samples to store."""
     max_tokens: int | None = pydantic.Field(None, ge=0)
     """Most tokens to store; 0 is no limit. A preset's default is 1,000,000."""
+    append: bool = False
+    """Add this data to the store that is there, as a new part; without it other data is refused."""
+    task_range: str | None = pydantic.Field(None, pattern=r"^\d+/\d+$")
+    """`3/8` does the third of eight equal runs of shards: for job arrays, each of which runs the same command with its own N."""
+    calibration: str | None = None
+    """Another store whose means and steps to use instead of measuring them, so that the two can be merged."""
     max_bytes: int | None = pydantic.Field(None, ge=1)
     """No further shard is begun when the store could grow beyond this."""
     revision: str | None = None

@@ -190,7 +190,7 @@ def _held_out_rows(corpus: Path, tokenizer: Any, recipe: dict[str, Any]) -> set[
     from training.config import TrainConfig
     from training.sampler import split_held_out
 
-    settings = TrainConfig(store=corpus, student="", out=corpus, **recipe["train"])
+    settings = TrainConfig(store=str(corpus), student="", out=corpus, **recipe["train"])
     samples = make_samples(read_documents([str(corpus)]), tokenizer, seq_len=int(recipe["extract"]["seq_len"]))
     _, held_out = split_held_out(
         [sample.id for sample in samples],

@@ -14,34 +14,35 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import tqdm
 import transformers
 
-from kvstore import StoreNotFoundError, open_store
+from kvstore import Store, StoreNotFoundError, open_store
+from kvstore.arrays import read_calibration
 from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, Codec, format_codecs, parse_codecs
 from kvstore.commits import committed_shards
+from kvstore.lease import LAYOUT, lease
 from kvstore.manifest import Group, Manifest, plan_groups, read_manifest, refuse_mismatch
-from kvstore.records import plain
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
+from kvstore.storage import Folder, Storage, locate
 from kvstore.writer import create_store
 from pipeline.align import Alignment, default_student_layers
 from pipeline.config import ExtractConfig
 from pipeline.data import Sample, make_samples, read_documents, shuffled
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
-from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from pipeline.identity import run_record, signal_record
+from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
-from pipeline.plan import Task, data_record, estimate_bytes, plan_layout, plan_tasks
+from pipeline.parts import Part, append_part, find_part, first_part, refuse_other_data
+from pipeline.plan import Task, estimate_bytes, task_range
 from pipeline.worker import Job, Moments, TaskResult, TeacherInfo, TeacherSource, merge_moments
-
-CAPTURE_VERSION = 1
-"""Raised whenever the same teacher and text would give other numbers."""
 
 Say = Callable[[str], None]
 
@@ -50,7 +51,7 @@ Say = Callable[[str], None]
 class ExtractSummary:
     """What an extraction did."""
 
-    out: Path
+    out: str
     num_samples: int
     num_tokens: int
     stored_bytes: int
@@ -61,6 +62,33 @@ class ExtractSummary:
     """New tokens over the time the tasks ran; start-up not counted."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What all steps of one extraction know."""
+
+    config: ExtractConfig
+    resolved: ResolvedModel
+    storage: Storage
+    tokenizer: Any
+    samples: list[Sample]
+    seq_len: int
+    say: Say
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Signal:
+    """What will lie on disk, as the loaded teacher has it."""
+
+    info: TeacherInfo
+    alignment: Alignment | None
+    stored: KVSpec
+    codecs: Mapping[int, Codec]
+    groups: tuple[Group, ...]
+    record: dict[str, Any]
+    """The signal of the manifest, but the calibration."""
+    job: Job
+
+
 def extract(
     config: ExtractConfig, resolved: ResolvedModel, say: Say = lambda text: print(text, file=sys.stderr)
 ) -> ExtractSummary:
@@ -69,97 +97,105 @@ def extract(
     Raises:
         ValueError: a setting, the data or the teacher cannot be used; says which and what to do.
         FingerprintMismatchError: the store at `out` was made with other settings; nothing was written.
+        LeaseHeldError: another extraction is writing the same shards.
         CodecError: the teacher gave values that cannot be stored.
+        StoreWriteError: the disk or bucket refused.
     """
     started = time.perf_counter()
     assert config.out is not None
-    root = config.out.expanduser()
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
             say(f"warning: {problem}")
     tokenizer = load_tokenizer(resolved.path)
-    samples = _samples(config, tokenizer, model_config.get_text_config().max_position_embeddings)
-    executor = _executor(config, resolved)
+    seq_len = min(config.seq_len, model_config.get_text_config().max_position_embeddings)
+    run = _Run(
+        config=config,
+        resolved=resolved,
+        storage=locate(config.out),
+        tokenizer=tokenizer,
+        samples=_samples(config, tokenizer, seq_len),
+        seq_len=config.seq_len,
+        say=say,
+    )
+    executor = make_executor(config, resolved)
     try:
-        info = executor.describe()
-        _validate_token_ids(samples, info)
-        alignment, stored = _stored(config, info, tokenizer, say)
-        job = Job(
-            root=root,
-            layers=stored.layer_numbers,
-            alignment=alignment.to_json() if alignment and alignment.baked else None,
-            batch_tokens=config.batch_tokens,
-        )
-        codecs = parse_codecs(config.codec, stored.layer_numbers)
-        groups = plan_groups(stored, codecs)
-        layout = plan_layout(samples, groups)
-        tasks = plan_tasks(samples, layout)
-        signal = _signal(resolved, tokenizer, info, stored, alignment, codecs)
-        data = data_record(samples, config.seq_len)
-        _announce(say, root, samples, stored, codecs, config)
-        if not _resumes(root, signal, data):
-            calibration = _calibrate(executor, job, groups, tasks)
-            manifest = Manifest(
-                spec=stored,
-                teacher=info.spec,
-                layout=layout,
-                groups=groups,
-                alignment=alignment.to_json() if alignment else None,
-                calibration=calibration_fingerprint(calibration),
-                signal={**signal, "calibration": calibration_fingerprint(calibration)},
-                data=data,
-                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                kvpipe_version=importlib.metadata.version("kvpipe"),
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                tokenizer.save_pretrained(folder)
-                create_store(root, manifest, calibration, Path(folder))
-        results, seconds = _run(executor, job, tasks, config.max_bytes, say)
+        signal = _signal(run, executor.describe())
+        _announce(run, signal)
+        with lease(run.storage, LAYOUT, LAYOUT + 1, "kvpipe extract", wait=say):
+            part = _enter(run, signal, executor)
+        chosen = range(len(part.tasks)) if config.task_range is None else task_range(config.task_range, len(part.tasks))
+        tasks = [part.tasks[index] for index in chosen]
+        with lease(run.storage, part.first_shard + chosen.start, part.first_shard + chosen.stop, "kvpipe extract"):
+            results, seconds = _run_tasks(run, executor, signal.job, tasks)
     finally:
         executor.close()
-    compact(root)
-    return _summary(root, results, seconds, time.perf_counter() - started)
+    compact(run.storage)
+    return _summary(run.storage, results, seconds, time.perf_counter() - started)
 
 
-def _executor(config: ExtractConfig, resolved: ResolvedModel) -> Executor:
+def make_executor(config: ExtractConfig, resolved: ResolvedModel) -> Executor:
+    """Where the tasks will run: Ray if workers were asked for, else this process."""
     source = TeacherSource(path=resolved.path, dtype=config.dtype, device=config.device)
     if config.workers or config.ray_address:
         return RayExecutor(source, max(config.workers, 1), config.ray_address)
     return SerialExecutor(source)
 
 
-def _samples(config: ExtractConfig, tokenizer: Any, max_positions: int) -> list[Sample]:
-    """Read, shuffle, tokenise and cut the data; done before the teacher is loaded, so that bad data is known at once."""
+def _samples(config: ExtractConfig, tokenizer: Any, seq_len: int) -> list[Sample]:
+    """Read, shuffle, tokenise and cut the data, before the teacher is loaded, so that bad data is known at once.
+
+    Sorted by id, a hash: equal sets of samples make equal stores in whatever order they come, and the first tasks, on which the
+    store is calibrated, are a random draw.
+    """
     documents = read_documents(config.data, config.text_field, config.split)
     if config.seed is not None:
         documents = shuffled(documents, config.seed)
     with tqdm.tqdm(desc="tokenise", unit="tok", unit_scale=True, total=config.max_tokens or None) as bar:
-        return make_samples(
+        samples = make_samples(
             documents,
             tokenizer,
-            seq_len=min(config.seq_len, max_positions),
+            seq_len=seq_len,
             limit=config.limit,
             max_tokens=config.max_tokens,
             keep_text=config.keep_text,
             progress=bar.update,
         )
+    return sorted(samples, key=lambda sample: sample.id)
 
 
-def _validate_token_ids(samples: list[Sample], info: TeacherInfo) -> None:
-    largest = max(int(sample.input_ids.max()) for sample in samples)
+def _signal(run: _Run, info: TeacherInfo) -> _Signal:
+    """What this teacher and these settings store."""
+    largest = max(int(sample.input_ids.max()) for sample in run.samples)
     if largest >= info.num_embeddings:
         raise ValueError(
             f"token ids: got {largest}, but the teacher has {info.num_embeddings} embeddings; the tokenizer is not the teacher's"
         )
+    alignment, stored = _stored(run, info)
+    codecs = parse_codecs(run.config.codec, stored.layer_numbers)
+    return _Signal(
+        info=info,
+        alignment=alignment,
+        stored=stored,
+        codecs=codecs,
+        groups=plan_groups(stored, codecs),
+        record=signal_record(run.resolved, run.tokenizer, info, stored, alignment, codecs),
+        job=Job(
+            store=run.storage.location,
+            layers=stored.layer_numbers,
+            alignment=alignment.to_json() if alignment and alignment.baked else None,
+            batch_tokens=run.config.batch_tokens,
+        ),
+    )
 
 
-def _stored(config: ExtractConfig, info: TeacherInfo, tokenizer: Any, say: Say) -> tuple[Alignment | None, KVSpec]:
+def _stored(run: _Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
     """The alignment to a named student, and the geometry that will lie on disk."""
+    config = run.config
     if config.student is None:
         return None, info.spec.select(parse_layers(config.layers or "all", info.spec.layer_numbers))
-    student, student_tokenizer = build_student(config.student, vocab_size=len(tokenizer), seed=0)
-    if student_tokenizer is not None and tokenizer_fingerprint(student_tokenizer) != tokenizer_fingerprint(tokenizer):
+    student, student_tokenizer = build_student(config.student, vocab_size=len(run.tokenizer), seed=0)
+    if student_tokenizer is not None and tokenizer_fingerprint(student_tokenizer) != tokenizer_fingerprint(run.tokenizer):
         raise ValueError(
             f"--student: {config.student} has another tokenizer than the teacher, so its tokens are not the teacher's tokens; "
             "extract without --student (a raw store keeps the text), or name a student of the teacher's family"
@@ -174,71 +210,84 @@ def _stored(config: ExtractConfig, info: TeacherInfo, tokenizer: Any, say: Say) 
     if alignment.is_smaller:
         alignment = dataclasses.replace(alignment, baked=True)
         return alignment, alignment.stored_spec()
-    say(
+    run.say(
         f"--student: {config.student} has no fewer values per layer than the teacher, so baking would not make the store smaller; "
         "the teacher's own keys and values are stored and the alignment is recorded to be applied at load"
     )
     return alignment, info.spec.select(alignment.teacher_layers)
 
 
-def _signal(
-    resolved: ResolvedModel,
-    tokenizer: Any,
-    info: TeacherInfo,
-    stored: KVSpec,
-    alignment: Alignment | None,
-    codecs: Mapping[int, Codec],
-) -> dict[str, Any]:
-    """Everything that shapes the numbers, but the calibration."""
-    signal = {
-        "capture_version": CAPTURE_VERSION,
-        "transformers": transformers.__version__.split(".")[0],
-        "weights": weights_fingerprint(resolved.path),
-        "config": config_fingerprint(resolved.path),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "dtype": info.spec.dtype,
-        "attn_implementation": info.attn_implementation,
-        "layers": format_layers(stored.layer_numbers),
-        "spec": stored.to_json(),
-        "alignment": alignment.to_json() if alignment else None,
-        "codec": format_codecs(codecs),
-    }
-    return cast(dict[str, Any], plain(signal))
-
-
-def _resumes(root: Path, signal: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Whether a store is there to be continued; refuses one made with other settings, calibration aside."""
-    try:
-        manifest = read_manifest(root)
-    except StoreNotFoundError:
-        return False
-    stored = {name: value for name, value in manifest.signal.items() if name != "calibration"}
-    refuse_mismatch(root, stored=stored, wanted=signal, what="the signal")
-    refuse_mismatch(root, stored=manifest.data, wanted=data, what="the data")
-    return True
-
-
-def _announce(
-    say: Say, root: Path, samples: list[Sample], stored: KVSpec, codecs: Mapping[int, Codec], config: ExtractConfig
-) -> None:
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    size = estimate_bytes(stored, codecs, tokens)
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    say(
-        f"{config.teacher}: {len(samples):,} samples, {tokens:,} tokens, {len(stored.layers)} layers "
-        f"({format_layers(stored.layer_numbers)}), codec {format_codecs(codecs)}: about {size / 1e9:.3g} GB into {root} ({free / 1e9:.0f} GB free)"
+def _announce(run: _Run, signal: _Signal) -> None:
+    config, tokens = run.config, sum(len(sample.input_ids) for sample in run.samples)
+    size = estimate_bytes(signal.stored, signal.codecs, tokens)
+    free = ""
+    if isinstance(run.storage, Folder):
+        existing = next(folder for folder in (run.storage.root, *run.storage.root.absolute().parents) if folder.exists())
+        free = f" ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)"
+    run.say(
+        f"{config.teacher}: {len(run.samples):,} samples, {tokens:,} tokens, {len(signal.stored.layers)} layers "
+        f"({format_layers(signal.stored.layer_numbers)}), codec {format_codecs(signal.codecs)}: about {size / 1e9:.3g} GB into "
+        f"{run.storage.location}{free}"
     )
     if config.max_tokens and tokens > 0.99 * config.max_tokens:
-        say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")
+        run.say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")
 
 
-def _calibrate(executor: Executor, job: Job, groups: tuple[Group, ...], tasks: list[Task]) -> Calibration:
-    """Mean and step of every channel from the first tasks in task order, at least 65,536 tokens or all."""
-    if all(group.quantizer(kind) is None for group in groups for kind in KINDS):
+def _enter(run: _Run, signal: _Signal, executor: Executor) -> Part:
+    """The part of the store this run is for: a new store's first, one that is there already, or one to append."""
+    try:
+        store = Store(run.storage)
+    except StoreNotFoundError:
+        return _create(run, signal, executor)
+    stored = {name: value for name, value in store.manifest.signal.items() if name != "calibration"}
+    refuse_mismatch(run.storage.location, stored=stored, wanted=signal.record, what="the signal")
+    part = find_part(store, run.samples, run.seq_len)
+    if part is None and not run.config.append:
+        refuse_other_data(store, run.samples, run.seq_len)
+    if part is None:
+        part = append_part(store, run.samples, run.seq_len, run_record(run.config, run.resolved))
+        new = sum(len(task.samples) for task in part.tasks)
+        run.say(f"--append: {new:,} new samples; {len(run.samples) - new:,} are stored already and count once more")
+    return part
+
+
+def _create(run: _Run, signal: _Signal, executor: Executor) -> Part:
+    part, layout, record = first_part(run.samples, signal.groups, run.seq_len)
+    calibration = _calibration(run, signal, executor, part)
+    digest = calibration_fingerprint(calibration)
+    manifest = Manifest(
+        spec=signal.stored,
+        teacher=signal.info.spec,
+        layout=layout,
+        groups=signal.groups,
+        alignment=signal.alignment.to_json() if signal.alignment else None,
+        calibration=digest,
+        metadata={},
+        tokenizer={},
+        signal={**signal.record, "calibration": digest},
+        data={"parts": [record], "dropped": None},
+        runs=[run_record(run.config, run.resolved)],
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        kvpipe_version=importlib.metadata.version("kvpipe"),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run.tokenizer.save_pretrained(folder)
+        create_store(run.storage, manifest, calibration, Path(folder))
+    return part
+
+
+def _calibration(run: _Run, signal: _Signal, executor: Executor, part: Part) -> Calibration:
+    """Mean and step of every channel: those of another store if one was named, else measured on the first tasks."""
+    if all(group.quantizer(kind) is None for group in signal.groups for kind in KINDS):
         return {}
+    if run.config.calibration is not None:
+        other = locate(run.config.calibration)
+        manifest = read_manifest(other)
+        stored = {name: value for name, value in manifest.signal.items() if name != "calibration"}
+        refuse_mismatch(other.location, stored=stored, wanted=signal.record, what="--calibration: the signal")
+        return read_calibration(other, manifest)
     chosen, tokens = [], 0
-    for task in tasks:
+    for task in part.tasks:
         chosen.append(task)
         tokens += task.num_tokens
         if tokens >= CALIBRATION_TOKENS:
@@ -246,20 +295,21 @@ def _calibrate(executor: Executor, job: Job, groups: tuple[Group, ...], tasks: l
     parts: dict[int, Moments] = {}
     with tqdm.tqdm(desc="calibrate", unit="tok", unit_scale=True, total=tokens) as bar:
         sizes = {task.shard: task.num_tokens for task in chosen}
-        for shard, moments in executor.calibrate(job, chosen):
+        for shard, moments in executor.calibrate(signal.job, chosen):
             parts[shard] = moments
             bar.update(sizes[shard])
-    return fit_groups(groups, merge_moments(parts))
+    return fit_groups(signal.groups, merge_moments(parts))
 
 
-def _run(executor: Executor, job: Job, tasks: list[Task], max_bytes: int | None, say: Say) -> tuple[list[TaskResult], float]:
+def _run_tasks(run: _Run, executor: Executor, job: Job, tasks: list[Task]) -> tuple[list[TaskResult], float]:
     """Run the tasks that are not committed, in waves none of which can pass the byte limit."""
-    committed = committed_shards(job.root)
+    committed = committed_shards(run.storage)
     todo = [task for task in tasks if task.shard not in committed]
-    if committed:
-        say(f"resuming {job.root}: {len(committed)} of {len(tasks)} shards are committed")
-    stored_bytes = sum(open_store(job.root).samples.summary["stored_bytes"].to_pylist())
-    worst = _worst_case_bytes(read_manifest(job.root).groups)
+    if len(todo) < len(tasks):
+        run.say(f"resuming {run.storage.location}: {len(tasks) - len(todo)} of {len(tasks)} shards are committed")
+    max_bytes = run.config.max_bytes
+    stored_bytes = sum(Store(run.storage).samples.summary["stored_bytes"].to_pylist())
+    worst = _worst_case_bytes(read_manifest(run.storage).groups)
     results: list[TaskResult] = []
     started = time.perf_counter()
     with tqdm.tqdm(
@@ -277,7 +327,7 @@ def _run(executor: Executor, job: Job, tasks: list[Task], max_bytes: int | None,
                 bar.set_postfix_str(f"{stored_bytes / 1e6:,.1f} MB", refresh=False)
                 bar.update(result.num_tokens)
     if todo:
-        say(
+        run.say(
             f"stopped before --max-bytes {max_bytes:,}: {stored_bytes:,} bytes are stored, {len(todo)} of {len(tasks)} shards are "
             "left; what is committed can be used, and the same command with a larger limit goes on"
         )
@@ -307,12 +357,12 @@ def _wave(todo: list[Task], token_bytes: int, budget: int | None) -> list[Task]:
     return wave
 
 
-def _summary(root: Path, results: list[TaskResult], run_s: float, seconds: float) -> ExtractSummary:
-    store = open_store(root)
+def _summary(storage: Storage, results: list[TaskResult], run_s: float, seconds: float) -> ExtractSummary:
+    store = open_store(storage.location)
     summary = store.samples.summary
     new_tokens = sum(result.num_tokens for result in results)
     return ExtractSummary(
-        out=root,
+        out=storage.location,
         num_samples=len(store),
         num_tokens=sum(summary["num_tokens"].to_pylist()),
         stored_bytes=sum(summary["stored_bytes"].to_pylist()),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from kvstore.codec import Codec
 from kvstore.commits import SampleRow, token_crc32c
-from kvstore.manifest import Group, Layout, plan_chunk_tokens, plan_shard_tokens
+from kvstore.layout import Layout, fill_shards
 from kvstore.spec import KVSpec
 from pipeline.data import Sample
 
@@ -45,20 +45,8 @@ class Task:
         return sum(len(sample.input_ids) for sample in self.samples)
 
 
-def plan_layout(samples: Sequence[Sample], groups: Sequence[Group]) -> Layout:
-    """Cut the token axis for these samples."""
-    lengths = [len(sample.input_ids) for sample in samples]
-    chunk = plan_chunk_tokens(lengths)
-    shard_tokens = plan_shard_tokens(lengths, chunk, groups)
-    return Layout(
-        chunk_tokens=chunk,
-        shard_tokens=shard_tokens,
-        num_shards=sum(1 for _ in _fill_shards(lengths, chunk, shard_tokens)),
-    )
-
-
-def plan_tasks(samples: Sequence[Sample], layout: Layout) -> list[Task]:
-    """Fill shards with samples in order: each starts on a chunk, none straddles a shard."""
+def plan_tasks(samples: Sequence[Sample], layout: Layout, first_shard: int = 0) -> list[Task]:
+    """Fill shards from `first_shard` on with samples in order: each starts on a chunk, none straddles a shard."""
     lengths = [len(sample.input_ids) for sample in samples]
     return [
         Task(
@@ -72,21 +60,20 @@ def plan_tasks(samples: Sequence[Sample], layout: Layout) -> list[Task]:
                 for index, offset in placed
             ),
         )
-        for shard, placed in enumerate(_fill_shards(lengths, layout.chunk_tokens, layout.shard_tokens))
+        for shard, placed in enumerate(fill_shards(lengths, layout), start=first_shard)
     ]
 
 
-def _fill_shards(lengths: Sequence[int], chunk_tokens: int, shard_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    placed: list[tuple[int, int]] = []
-    used = 0
-    for index, length in enumerate(lengths):
-        padded = -(-length // chunk_tokens) * chunk_tokens
-        if used + padded > shard_tokens:
-            yield placed
-            placed, used = [], 0
-        placed.append((index, used))
-        used += padded
-    yield placed
+def task_range(text: str, num_tasks: int) -> range:
+    """Parse `3/8`, the third of eight equal runs of tasks, counted from 1.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise ValueError(f"--task-range: got {text!r}, expected N/M with N from 1 to M, for instance 3/8")
+    return range((int(number) - 1) * num_tasks // int(total), int(number) * num_tasks // int(total))
 
 
 def _row(sample: Sample, shard: int, token_start: int) -> SampleRow:

@@ -19,8 +19,9 @@ import torch
 from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration, ChannelMoments, calibration_mask
 from kvstore.codec import KINDS, Kind
-from kvstore.manifest import ARRAYS, Manifest, read_manifest
+from kvstore.manifest import Manifest, read_manifest
 from kvstore.spec import KVSpec
+from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment
 from pipeline.models.capture import capture_kv
@@ -61,7 +62,8 @@ class TeacherInfo:
 class Job:
     """What all tasks of a run have in common."""
 
-    root: Path
+    store: str
+    """Location of the store."""
     layers: tuple[int, ...]
     """Teacher layers to capture."""
     alignment: dict[str, Any] | None
@@ -119,10 +121,11 @@ class Worker:
         self._compute(job, task, keep)
         return moments
 
-    def run(self, job: Job, task: Task) -> TaskResult:
-        """Compute a task and commit its shard; a shard that is committed already is not written again."""
-        manifest, calibration = _open_for_writing(job.root)
-        writer = ShardWriter(job.root, manifest, calibration, task.shard)
+    def run(self, job: Job, task: Task, replace: bool = False) -> TaskResult:
+        """Compute a task and commit its shard; one that is committed already is written again only with `replace`."""
+        manifest, calibration = _open_for_writing(job.store, task.shard)
+        rows = [sample.row for sample in task.samples]
+        writer = ShardWriter(locate(job.store), manifest, calibration, task.shard, rows)
         started = time.perf_counter()
         if task.shard in self._kept:
             for layer, spans, key, value in self._kept.pop(task.shard):
@@ -132,7 +135,7 @@ class Worker:
         for sample in task.samples:
             writer.put_tokens(sample.offset, sample.input_ids)
         computed = time.perf_counter()
-        commit = writer.commit([sample.row for sample in task.samples])
+        commit = writer.commit(replace=replace)
         return TaskResult(
             shard=task.shard,
             num_samples=len(commit.samples),
@@ -177,10 +180,20 @@ class Worker:
             yield rows, torch.from_numpy(padded).to(self._model.device)
 
 
+def _open_for_writing(store: str, shard: int) -> tuple[Manifest, Calibration]:
+    """Manifest and calibration, read again only when the store has grown."""
+    manifest, calibration = _open_at(store)
+    if shard >= manifest.layout.num_shards:
+        _open_at.cache_clear()
+        manifest, calibration = _open_at(store)
+    return manifest, calibration
+
+
 @functools.lru_cache(maxsize=1)
-def _open_for_writing(root: Path) -> tuple[Manifest, Calibration]:
-    manifest = read_manifest(root)
-    return manifest, read_calibration(root / ARRAYS, manifest)
+def _open_at(store: str) -> tuple[Manifest, Calibration]:
+    storage = locate(store)
+    manifest = read_manifest(storage)
+    return manifest, read_calibration(storage, manifest)
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -12,9 +12,11 @@ import numpy as np
 from kvstore.calibration import Calibration, ChannelMoments, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, parse_codecs
 from kvstore.commits import SampleRow, sample_id, token_crc32c
-from kvstore.manifest import Layout, Manifest, plan_chunk_tokens, plan_groups, plan_shard_tokens
+from kvstore.layout import fill_shards, plan_layout
+from kvstore.manifest import Manifest, plan_groups
 from kvstore.samples import compact
 from kvstore.spec import Dtype, KVSpec, LayerSpec, RopeSpec
+from kvstore.storage import locate
 from kvstore.writer import ShardWriter, create_store
 
 ROPE = RopeSpec(kind="half", inv_freq=(1.0, 0.1, 0.01, 0.001))
@@ -90,30 +92,24 @@ def begin_store(
     lengths = [len(ids) for ids in source.input_ids]
     calibration = calibrate(source, codec)
     groups = plan_groups(source.spec, parse_codecs(codec, source.spec.layer_numbers))
-    chunk = plan_chunk_tokens(lengths)
-    shard_tokens = plan_shard_tokens(lengths, chunk, groups)
-    tasks: list[list[int]] = [[]]
-    used = 0
-    for index, length in enumerate(lengths):
-        padded = -(-length // chunk) * chunk
-        if used + padded > shard_tokens:
-            tasks.append([])
-            used = 0
-        tasks[-1].append(index)
-        used += padded
+    layout = plan_layout(lengths, max(group.token_bytes for group in groups))
+    tasks = [[index for index, _ in placed] for placed in fill_shards(lengths, layout)]
     manifest = Manifest(
         spec=source.spec,
         teacher=teacher or source.spec,
-        layout=Layout(chunk_tokens=chunk, shard_tokens=shard_tokens, num_shards=len(tasks)),
+        layout=layout,
         groups=groups,
         alignment=None,
         calibration=calibration_fingerprint(calibration),
         signal={"weights": "test", "codec": codec, **(signal or {})},
+        metadata={},
+        tokenizer={},
         data={"samples": [sample_id(ids) for ids in source.input_ids]},
+        runs=[],
         created="2026-01-01T00:00:00+00:00",
         kvpipe_version="0.1.0",
     )
-    create_store(root, manifest, calibration, tokenizer)
+    manifest = create_store(locate(root), manifest, calibration, tokenizer)
     return manifest, calibration, tasks
 
 
@@ -127,13 +123,9 @@ def write_shard(
     documents: Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
 ) -> None:
-    writer = ShardWriter(root, manifest, calibration, shard)
     offset, rows = 0, []
     for index in indices:
         ids = source.input_ids[index]
-        writer.put_tokens(offset, ids)
-        for layer, (key, value) in source.kv[index].items():
-            writer.put(layer, [(offset, len(ids))], key, value)
         rows.append(
             SampleRow(
                 id=sample_id(ids),
@@ -147,7 +139,13 @@ def write_shard(
             )
         )
         offset += -(-len(ids) // manifest.layout.chunk_tokens) * manifest.layout.chunk_tokens
-    writer.commit(rows)
+    writer = ShardWriter(locate(root), manifest, calibration, shard, rows)
+    for row, index in zip(rows, indices, strict=True):
+        offset = row.token_start - shard * manifest.layout.shard_tokens
+        writer.put_tokens(offset, source.input_ids[index])
+        for layer, (key, value) in source.kv[index].items():
+            writer.put(layer, [(offset, row.num_tokens)], key, value)
+    writer.commit()
 
 
 def write_store(
@@ -164,5 +162,5 @@ def write_store(
     manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher)
     for shard, indices in enumerate(tasks):
         write_shard(root, source, manifest, calibration, shard, indices, documents, texts)
-    compact(root)
+    compact(locate(root))
     return root

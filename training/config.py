@@ -16,8 +16,8 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    store: Path
-    """Folder of the store to train from."""
+    store: str
+    """The store to train from: a folder, or `s3://bucket/prefix`."""
     student: str
     """Student: a TOML file or preset of configs/students (fresh weights), or a model folder or hub name (pretrained)."""
     out: Path

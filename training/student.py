@@ -20,7 +20,7 @@ def store_tokenizer(store: Store) -> PreTrainedTokenizerBase:
     """
     if store.tokenizer_path is None:
         raise ValueError(
-            f"store: {store.path} has no tokenizer/ folder, expected the tokenizer of its token ids; extract it again with "
+            f"store: {store.location} has no tokenizer/ folder, expected the tokenizer of its token ids; extract it again with "
             "its tokenizer"
         )
     return load_tokenizer(store.tokenizer_path)

@@ -29,6 +29,7 @@ from kvstore import (
 )
 from kvstore.records import canonical_json
 from kvstore.samples import compact
+from kvstore.storage import locate
 from tests.stores import Source, begin_store, random_source, small_spec, write_shard, write_store
 
 FORMAT = Path(__file__).parents[2] / "FORMAT.md"
@@ -79,6 +80,11 @@ def reseal(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(record))
 
 
+def _delete_tables(path: Path) -> None:
+    for file in (path / "samples").glob("*.parquet"):
+        file.unlink()
+
+
 def largest_shard_file(path: Path, array: str) -> Path:
     return max((path / "kv.zarr" / array / "c").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
 
@@ -110,6 +116,9 @@ def test_without_a_manifest_there_is_no_store(store_path: Path) -> None:
 def test_a_creation_that_died_before_its_manifest_can_be_repeated(store_path: Path, source: Source) -> None:
     for part in ("manifest.json", "commits", "samples"):
         shutil.rmtree(store_path / part) if (store_path / part).is_dir() else (store_path / part).unlink()
+    with pytest.raises(StoreFormatError, match=r"is not empty and is not a store being created \(it holds kv\.zarr\)"):
+        begin_store(store_path, source)
+    (store_path / ".staging" / "creating").touch()
     begin_store(store_path, source)
     assert len(open_store(store_path)) == 0
 
@@ -156,7 +165,18 @@ def test_another_schema_version_is_refused(store_path: Path) -> None:
 
 @rule("2.3")
 def test_the_manifest_has_its_fields_and_a_missing_one_is_named(store_path: Path) -> None:
-    fields = {"spec", "teacher", "layout", "groups", "alignment", "calibration", "signal", "data", "fingerprints", "created"}
+    fields = {
+        "spec",
+        "teacher",
+        "layout",
+        "groups",
+        "alignment",
+        "calibration",
+        "signal",
+        "data",
+        "fingerprints",
+        "created",
+    } | {"metadata", "tokenizer", "runs"}
     assert set(manifest_of(store_path)) == fields | {"kvpipe_version", "schema_version", "sha256"}
     reseal(store_path / "manifest.json", layout={"chunk_tokens": 64})
     with pytest.raises(StoreFormatError, match="shard_tokens"):
@@ -281,7 +301,7 @@ def test_layers_of_another_geometry_form_a_group_of_their_own(tmp_path: Path) ->
     spec = type(spec)(layers=(spec.layers[0], other, *spec.layers[2:]), ropes=spec.ropes, dtype=spec.dtype)
     source = random_source(spec, LENGTHS)
     store = open_store(write_store(tmp_path / "store", source, "q8"))
-    attributes = zarr.open_group(store.path / "kv.zarr", mode="r").attrs["kvpipe"]
+    attributes = zarr.open_group(Path(store.location) / "kv.zarr", mode="r").attrs["kvpipe"]
     assert attributes["groups"] == {"0": ["", 0], "1": ["group_1", 0], "2": ["", 1], "3": ["", 2]}  # type: ignore[index,call-overload]  # JSON
     batch = store.read([4], layers=[1])
     np.testing.assert_allclose(batch.key[0], source.kv[4][1][0], atol=0.1)
@@ -296,7 +316,7 @@ def test_raw_holds_the_captured_bits(tmp_path: Path, dtype: str) -> None:
     store = open_store(write_store(tmp_path / "store", source, "raw"))
     start = int(store.samples.token_start[3])
     for index, kind in enumerate(("key", "value")):
-        stored = np.asarray(zarr.open_array(store.path / "kv.zarr" / kind, mode="r")[2, start : start + 300])
+        stored = np.asarray(zarr.open_array(Path(store.location) / "kv.zarr" / kind, mode="r")[2, start : start + 300])
         expected = source.kv[3][2][index]
         assert stored.dtype == (np.uint16 if dtype == "bfloat16" else np.dtype(dtype))
         assert stored.tobytes() == expected.tobytes()
@@ -428,6 +448,8 @@ def test_fidelity_is_measured_on_what_was_written(written: Path, source: Source)
 @rule("5.6")
 def test_only_committed_shards_are_visible(store_path: Path) -> None:
     whole = open_store(store_path)
+    assert len(whole) == len(LENGTHS)
+    _delete_tables(store_path)
     (store_path / "commits/00001.json").unlink()
     partial = open_store(store_path)
     missing = int((whole.samples.shard == 1).sum())
@@ -452,7 +474,7 @@ def test_shards_not_yet_in_a_table_are_read_from_their_commits(source: Source, t
     manifest, calibration, tasks = begin_store(tmp_path / "store", source)
     for shard in (3, 0, 2):
         write_shard(tmp_path / "store", source, manifest, calibration, shard, tasks[shard])
-    compact(tmp_path / "store")
+    compact(locate(tmp_path / "store"))
     write_shard(tmp_path / "store", source, manifest, calibration, 1, tasks[1])
     store = open_store(tmp_path / "store")
     assert store.samples.ids == [json_id for shard in range(4) for json_id in _ids(tmp_path / "store", shard)]
@@ -468,8 +490,7 @@ def _ids(path: Path, shard: int) -> list[str]:
 def test_deleting_the_tables_loses_nothing(store_path: Path) -> None:
     before = open_store(store_path).samples
     rows = list(zip(before.ids, before.source, before.text, before.token_start.tolist(), strict=True))
-    for file in (store_path / "samples").iterdir():
-        file.unlink()
+    _delete_tables(store_path)
     after = open_store(store_path).samples
     assert list(zip(after.ids, after.source, after.text, after.token_start.tolist(), strict=True)) == rows
 
@@ -477,8 +498,16 @@ def test_deleting_the_tables_loses_nothing(store_path: Path) -> None:
 @rule("6.4")
 def test_a_shard_in_two_parts_counts_once(store_path: Path) -> None:
     before = open_store(store_path).samples.ids
-    for name in ("part", "summary"):
-        shutil.copy(store_path / f"samples/{name}-00000.parquet", store_path / f"samples/{name}-00001.parquet")
+    kept = {file.name: file.read_bytes() for file in (store_path / "samples").iterdir()}
+    _delete_tables(store_path)
+    for shard in (0, 1):  # another process compacts when only these are committed
+        (store_path / f"commits/{shard:05d}.json").rename(store_path / f"{shard}.json")
+    compact(locate(store_path))
+    for shard in (0, 1):
+        (store_path / f"{shard}.json").rename(store_path / f"commits/{shard:05d}.json")
+    for name, content in kept.items():
+        (store_path / "samples" / name).write_bytes(content)
+    assert len(list((store_path / "samples").glob("part-*.parquet"))) == 2
     samples = open_store(store_path).samples
     assert (samples.ids, len(samples)) == (before, len(before))
 

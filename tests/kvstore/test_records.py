@@ -16,6 +16,7 @@ from kvstore import FingerprintMismatchError, StoreFormatError
 from kvstore.manifest import refuse_mismatch
 from kvstore.records import canonical_json, create_sealed, differences, fingerprint, read_sealed, write_sealed
 from kvstore.spec import KVSpec, format_layers, parse_layers
+from kvstore.storage import locate
 from tests.stores import small_spec
 
 
@@ -28,32 +29,31 @@ def test_the_fingerprint_ignores_key_order_and_is_pinned() -> None:
 
 def test_nan_cannot_enter_a_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
-        write_sealed(tmp_path / "record.json", {"x": float("nan")}, tmp_path / "staged")
+        write_sealed(locate(tmp_path), "record.json", {"x": float("nan")})
 
 
 def test_of_many_writers_exactly_one_creates(tmp_path: Path) -> None:
     def create(number: int) -> bool:
-        return create_sealed(tmp_path / "record.json", {"writer": number}, tmp_path / f"staged-{number}")
+        return create_sealed(locate(tmp_path), "record.json", {"writer": number})
 
     with ThreadPoolExecutor(8) as pool:
         outcomes = list(pool.map(create, range(32)))
     assert outcomes.count(True) == 1
-    assert read_sealed(tmp_path / "record.json") == {"writer": outcomes.index(True)}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+    assert read_sealed(locate(tmp_path), "record.json") == {"writer": outcomes.index(True)}
+    assert [entry.key for entry in locate(tmp_path).entries("")] == ["record.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1}', b'{"a": 1, "sha256": "00"}', b"\xff\xfe"])
 def test_anything_that_is_not_a_sealed_record_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "record.json").write_bytes(content)
     with pytest.raises(StoreFormatError, match=r"record\.json: (not a sealed|sha256)"):
-        read_sealed(tmp_path / "record.json")
+        read_sealed(locate(tmp_path), "record.json")
 
 
 def test_a_record_is_whole_or_absent_whenever_its_writer_is_killed(tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from kvstore.records import create_sealed; import itertools, sys\n"
-        "for n in itertools.count(): create_sealed(Path(sys.argv[1]) / f'{n}.json', {'n': n, 'pad': 'x' * 100_000},"
-        " Path(sys.argv[1]) / f's{n}')"
+        "from kvstore.records import create_sealed; from kvstore.storage import locate; import itertools, sys\n"
+        "for n in itertools.count(): create_sealed(locate(sys.argv[1]), f'{n}.json', {'n': n, 'pad': 'x' * 100_000})"
     )
     for delay in (0.05, 0.1, 0.2):
         writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
@@ -64,7 +64,7 @@ def test_a_record_is_whole_or_absent_whenever_its_writer_is_killed(tmp_path: Pat
         writer.wait()
         assert list(tmp_path.glob("*.json"))
         for file in tmp_path.glob("*.json"):
-            assert read_sealed(file)["n"] == int(file.stem)
+            assert read_sealed(locate(tmp_path), file.name)["n"] == int(file.stem)
             file.unlink()
 
 
@@ -82,13 +82,11 @@ def test_differences_name_the_leaves() -> None:
 
 
 def test_a_mismatch_names_every_field_and_the_next_step() -> None:
-    refuse_mismatch(Path("s"), stored={"a": 1}, wanted={"a": 1}, what="the signal")
+    refuse_mismatch("s", stored={"a": 1}, wanted={"a": 1}, what="the signal")
     with pytest.raises(
         FingerprintMismatchError, match=r"(?s)the signal .* 2 field.*codec: got .q8., expected .mix.*layers.*Nothing was"
     ):
-        refuse_mismatch(
-            Path("s"), stored={"codec": "mix", "layers": "0-3"}, wanted={"codec": "q8", "layers": "0"}, what="the signal"
-        )
+        refuse_mismatch("s", stored={"codec": "mix", "layers": "0-3"}, wanted={"codec": "q8", "layers": "0"}, what="the signal")
 
 
 def test_a_spec_survives_json() -> None:

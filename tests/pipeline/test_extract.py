@@ -162,6 +162,7 @@ def test_killed_before_its_manifest_an_extraction_starts_afresh(teacher: Path, c
     expected = by_id(open_store(tmp_path / "store"))
     (tmp_path / "store" / "manifest.json").unlink()
     shutil.rmtree(tmp_path / "store" / "commits")
+    (tmp_path / "store" / ".staging" / "creating").touch()
     run(teacher, corpus, tmp_path / "store", limit=20)
     assert by_id(open_store(tmp_path / "store")) == expected
 

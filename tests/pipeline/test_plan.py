@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.codec import parse_codecs
-from kvstore.manifest import MAX_SHARD_BYTES, plan_groups
+from kvstore.layout import MAX_SHARD_BYTES, Layout, plan_layout
+from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, LayerSpec
 from pipeline.data import Sample
-from pipeline.plan import data_record, estimate_bytes, padded_length, plan_batches, plan_layout, plan_tasks
+from pipeline.plan import data_record, estimate_bytes, padded_length, plan_batches, plan_tasks
 from tests.stores import small_spec
 
 QWEN2_7B = KVSpec(
@@ -28,11 +29,15 @@ def samples_of(lengths: list[int]) -> list[Sample]:
     ]
 
 
+def layout_of(samples: list[Sample], groups: tuple[Group, ...]) -> Layout:
+    return plan_layout([len(sample.input_ids) for sample in samples], max(group.token_bytes for group in groups))
+
+
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=60))
 def test_tasks_place_every_sample_once_on_a_chunk_of_one_shard(lengths: list[int]) -> None:
     samples = samples_of(lengths)
-    layout = plan_layout(samples, plan_groups(small_spec(), parse_codecs("mix", range(3))))
+    layout = layout_of(samples, plan_groups(small_spec(), parse_codecs("mix", range(3))))
     tasks = plan_tasks(samples, layout)
     placed = [sample for task in tasks for sample in task.samples]
     assert [sample.row.id for sample in placed] == [sample.id for sample in samples]
@@ -70,10 +75,10 @@ def test_the_padded_length_of_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_shards_stay_within_their_bytes_and_hold_the_longest_sample() -> None:
     groups = plan_groups(QWEN2_7B, parse_codecs("mix", range(28)))
-    layout = plan_layout(samples_of([2048] * 500), groups)
+    layout = layout_of(samples_of([2048] * 500), groups)
     assert layout.chunk_tokens == 512
     assert layout.shard_tokens * 28 * 4 * 128 <= MAX_SHARD_BYTES
-    assert plan_layout(samples_of([100, 70_000]), groups).shard_tokens >= 70_000
+    assert layout_of(samples_of([100, 70_000]), groups).shard_tokens >= 70_000
 
 
 def test_the_estimate_for_a_million_tokens_of_qwen2_7b_is_about_13_gb() -> None:

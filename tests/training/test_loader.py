@@ -106,7 +106,7 @@ class Recording(Store):
 
 
 def test_without_targets_no_keys_and_values_are_read(store: Store) -> None:
-    recording = Recording(store.path)
+    recording = Recording(store.location)
     batch = load(KVDataset(recording, (0, 1)), request([0, 2]))
     assert recording.asked == [()]
     assert batch["teacher"] == []
@@ -114,7 +114,7 @@ def test_without_targets_no_keys_and_values_are_read(store: Store) -> None:
 
 
 def test_a_batch_is_one_read_of_the_layers_wanted(store: Store) -> None:
-    recording = Recording(store.path)
+    recording = Recording(store.location)
     load(KVDataset(recording, (2, 1)), request([0, 2, 5], [0, 2, 5]))
     assert recording.asked == [(1, 2)]
 

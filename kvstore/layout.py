@@ -1,0 +1,73 @@
+"""How the token axis is cut into shards and chunks, and which sample goes where (FORMAT.md 7). Pure functions of lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 1024
+MAX_SHARD_BYTES = 256 * 2**20
+MAX_SHARD_TOKENS = 65_536
+_SHARDS_WANTED = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the token axis is cut; the same for every array of a store."""
+
+    chunk_tokens: int
+    """Tokens of an inner chunk, Zarr's unit of decoding; samples start on one."""
+    shard_tokens: int
+    """Tokens of a shard, Zarr's stored object and the unit of work, commit and hash."""
+    num_shards: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the token axis, gaps between samples included."""
+        return self.shard_tokens * self.num_shards
+
+    def padded(self, num_tokens: int) -> int:
+        """Rows that a sample takes up: whole chunks."""
+        return -(-num_tokens // self.chunk_tokens) * self.chunk_tokens
+
+
+def plan_layout(lengths: Sequence[int], token_bytes: int) -> Layout:
+    """Cut the token axis for samples of these lengths, in tokens.
+
+    Args:
+        token_bytes: bytes of one token in the largest array, before compression.
+    """
+    chunk = plan_chunk_tokens(lengths)
+    layout = Layout(chunk_tokens=chunk, shard_tokens=plan_shard_tokens(lengths, chunk, token_bytes), num_shards=0)
+    return dataclasses.replace(layout, num_shards=sum(1 for _ in fill_shards(lengths, layout)))
+
+
+def plan_chunk_tokens(lengths: Sequence[int]) -> int:
+    """Power of two at most a quarter of the median sample, 64 to 1,024: a sample alone is then read with little waste."""
+    quarter = max(int(np.median(lengths)) // 4, 1)
+    return int(np.clip(1 << (quarter.bit_length() - 1), MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS))
+
+
+def plan_shard_tokens(lengths: Sequence[int], chunk_tokens: int, token_bytes: int) -> int:
+    """Multiple of the chunk that holds the longest sample; else about 1/32 of the data, 256 MiB or 65,536 tokens, the least."""
+    padded = [-(-length // chunk_tokens) for length in lengths]
+    by_bytes = MAX_SHARD_BYTES // token_bytes // chunk_tokens
+    wanted = min(-(-sum(padded) // _SHARDS_WANTED), by_bytes, MAX_SHARD_TOKENS // chunk_tokens)
+    return chunk_tokens * max(wanted, max(padded))
+
+
+def fill_shards(lengths: Sequence[int], layout: Layout) -> Iterator[list[tuple[int, int]]]:
+    """For each shard in turn its samples as (index, token offset inside the shard), in order; none straddles a shard."""
+    placed: list[tuple[int, int]] = []
+    used = 0
+    for index, length in enumerate(lengths):
+        padded = layout.padded(length)
+        if used + padded > layout.shard_tokens:
+            yield placed
+            placed, used = [], 0
+        placed.append((index, used))
+        used += padded
+    if placed:
+        yield placed

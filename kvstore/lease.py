@@ -1,0 +1,174 @@
+"""Leases: who is writing which shards of a store, so that two writers never damage each other's work.
+
+A claim is a small file that its holder touches again and again. It dies with its holder: at once where the holder was a process
+of this machine, after a time without touch anywhere else. Works the same on a disk, a shared file system and a bucket, whose
+clock, not ours, says how old a claim is. Knows shard numbers, not what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from kvstore.errors import LeaseHeldError
+from kvstore.storage import STAGING, Storage
+
+LEASES = f"{STAGING}/leases"
+LAYOUT = -1
+"""Stands for the right to create a store or to change its manifest, beside shards 0 and up."""
+EVERYTHING = (LAYOUT, 2**62)
+TOUCH_S, EXPIRY_S = 20.0, 120.0
+_TRIES = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One writer's claim."""
+
+    purpose: str
+    """The command, for messages."""
+    first: int
+    stop: int
+    """Shards from `first` up to but without `stop`."""
+    host: str
+    pid: int
+    machine: str
+    """Boot and process namespace: within one, a pid means the same process."""
+    started_s: float
+    """When that process started, which tells it from a later one of the same number."""
+
+    def overlaps(self, first: int, stop: int) -> bool:
+        return self.first < stop and first < self.stop
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its holder is known to be gone; False where that cannot be known."""
+        if self.machine != _machine():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started_s) > 1
+        except psutil.NoSuchProcess:
+            return True
+
+
+def claims(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None = None) -> dict[str, Claim]:
+    """Living claims by key.
+
+    Args:
+        now_s: the storage's own clock; the newest claim's touch if not given.
+    """
+    entries = list(storage.entries(LEASES))
+    now = now_s if now_s is not None else max((entry.modified_s for entry in entries), default=0.0)
+    living = {}
+    for entry in entries:
+        try:
+            claim = Claim(**json.loads(storage.read(entry.key)))
+        except (FileNotFoundError, ValueError, TypeError):
+            continue  # released meanwhile, or cut short by a crash: it expires
+        if now - entry.modified_s < expiry_s and not claim.is_dead:
+            living[entry.key] = claim
+    return living
+
+
+@contextlib.contextmanager
+def lease(
+    storage: Storage,
+    first: int,
+    stop: int,
+    purpose: str,
+    *,
+    wait: Callable[[str], object] | None = None,
+    touch_s: float = TOUCH_S,
+    expiry_s: float = EXPIRY_S,
+) -> Iterator[None]:
+    """Hold shards `first` to `stop - 1` while the block runs.
+
+    Args:
+        wait: told once whom we wait for, then we do; without it somebody else's claim raises.
+
+    Raises:
+        LeaseHeldError: somebody else is writing some of them.
+    """
+    key = f"{LEASES}/{secrets.token_hex(8)}.json"
+    own = Claim(
+        purpose=purpose,
+        first=first,
+        stop=stop,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        machine=_machine(),
+        started_s=psutil.Process().create_time(),
+    )
+    _acquire(storage, key, own, wait, expiry_s)
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(touch_s):
+            with contextlib.suppress(OSError):  # the next touch may get through
+                _put(storage, key, own)
+
+    thread = threading.Thread(target=touch, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        storage.delete(key)
+
+
+def _acquire(storage: Storage, key: str, own: Claim, wait: Callable[[str], object] | None, expiry_s: float) -> None:
+    """Claim first, then look: of two that come at once at least one sees the other and steps back."""
+    told, tries = False, 0
+    while True:
+        _put(storage, key, own)
+        now = next((entry.modified_s for entry in storage.entries(LEASES) if entry.key == key), None)
+        living = claims(storage, expiry_s=expiry_s, now_s=now)
+        others = [claim for other, claim in living.items() if other != key and claim.overlaps(own.first, own.stop)]
+        if not others:
+            _clean(storage, living, key)
+            return
+        storage.delete(key)
+        tries += 1
+        holder = f"{others[0].purpose} (host {others[0].host}, pid {others[0].pid})"
+        if wait is not None:
+            if not told:
+                wait(f"waiting for {holder}, which is at work on {storage.location}")
+                told = True
+        elif tries >= _TRIES:
+            raise LeaseHeldError(
+                f"{own.purpose}: {holder} is writing the same shards of {storage.location}. Let it finish, or give each its part "
+                f"with --task-range; if it was killed on another machine, its claim ends {expiry_s:.0f} s after its last sign of life"
+            )
+        time.sleep(random.uniform(0.1, 0.5))
+
+
+def _put(storage: Storage, key: str, claim: Claim) -> None:
+    storage.write(key, json.dumps(dataclasses.asdict(claim)).encode(), replace=True)
+
+
+def _clean(storage: Storage, living: dict[str, Claim], own: str) -> None:
+    for entry in list(storage.entries(LEASES)):
+        if entry.key not in living and entry.key != own:
+            with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+                if Claim(**json.loads(storage.read(entry.key))).is_dead:
+                    storage.delete(entry.key)
+
+
+def _machine() -> str:
+    """Names a set of processes that see each other's pids."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if boot.is_file() and namespace.exists():
+        return f"{boot.read_text().strip()}/{namespace.stat().st_ino}"
+    return f"{socket.gethostname()}/{psutil.boot_time():.0f}"

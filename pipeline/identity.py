@@ -1,0 +1,63 @@
+"""What identifies an extraction: everything that shapes its numbers, and the settings that made them.
+
+Pure records for the manifest; knows no store on disk.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+
+from kvstore.codec import Codec, format_codecs
+from kvstore.records import plain
+from kvstore.spec import KVSpec, format_layers
+from pipeline.align import Alignment
+from pipeline.config import ExtractConfig
+from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from pipeline.models.resolve import ResolvedModel
+from pipeline.worker import TeacherInfo
+
+CAPTURE_VERSION = 1
+"""Raised whenever the same teacher and text would give other numbers."""
+
+
+def signal_record(
+    resolved: ResolvedModel,
+    tokenizer: Any,
+    info: TeacherInfo,
+    stored: KVSpec,
+    alignment: Alignment | None,
+    codecs: Mapping[int, Codec],
+) -> dict[str, Any]:
+    """Everything that shapes the numbers, but the calibration."""
+    signal = {
+        "capture_version": CAPTURE_VERSION,
+        "transformers": transformers.__version__.split(".")[0],
+        "weights": weights_fingerprint(resolved.path),
+        "config": config_fingerprint(resolved.path),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "dtype": info.spec.dtype,
+        "attn_implementation": info.attn_implementation,
+        "layers": format_layers(stored.layer_numbers),
+        "spec": stored.to_json(),
+        "alignment": alignment.to_json() if alignment else None,
+        "codec": format_codecs(codecs),
+    }
+    return cast(dict[str, Any], plain(signal))
+
+
+def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]:
+    """The settings of an extraction as its manifest keeps them, so that `repair` can run it again from anywhere."""
+    teacher = resolved.id_or_path if resolved.preset is None else config.teacher
+    data = tuple(_absolute(part) for part in config.data)
+    settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
+    return settings.model_dump(mode="json", exclude={"out", "append", "task_range", "workers", "ray_address", "device"})
+
+
+def _absolute(part: str) -> str:
+    path = Path(part).expanduser()
+    return str(path.absolute()) if path.exists() or (glob.has_magic(part) and glob.glob(str(path), recursive=True)) else part
