@@ -448,7 +448,7 @@ def test_fidelity_is_measured_on_what_was_written(written: Path, source: Source)
 @rule("5.6")
 def test_only_committed_shards_are_visible(store_path: Path) -> None:
     whole = open_store(store_path)
-    assert len(whole) == len(LENGTHS)
+    assert len(whole.samples.shard) == len(LENGTHS)
     _delete_tables(store_path)
     (store_path / "commits/00001.json").unlink()
     partial = open_store(store_path)
