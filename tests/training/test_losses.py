@@ -131,6 +131,15 @@ def test_scaling_both_sides_and_the_variance_leaves_the_loss() -> None:
     torch.testing.assert_close(kv_errors(*scaled, 9 * VARIANCES, 5), kv_errors(student, teacher, VARIANCES, 5))
 
 
+def test_without_weights_the_losses_are_the_plain_sums_bit_for_bit() -> None:
+    logits, labels = normal(7, 65, 50), torch.randint(0, 50, (7, 65), generator=torch.Generator().manual_seed(1))
+    summed = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert torch.equal(cross_entropy(logits, labels, 448), summed / 448)
+    ours, theirs = normal(500, 2, 8), normal(500, 2, 8, seed=1)
+    errors = kv_errors([(ours, ours)], [(theirs, theirs)], VARIANCES[:1], 500)
+    assert torch.equal(errors[0], (ours - theirs).square().sum() / (500 * 2 * 8 * VARIANCES[0]))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_micro_batches_of_unequal_size_add_up_to_the_whole_step(weighted: bool) -> None:
     student, teacher = layers(9, seed=10), layers(9, seed=20)
