@@ -122,6 +122,7 @@ def write_shard(
     indices: Sequence[int],
     documents: Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
+    counts: Sequence[int] | None = None,
 ) -> None:
     offset, rows = 0, []
     for index in indices:
@@ -134,7 +135,7 @@ def write_shard(
                 token_start=shard * manifest.layout.shard_tokens + offset,
                 num_tokens=len(ids),
                 crc32c=token_crc32c(ids),
-                count=1,
+                count=counts[index] if counts else 1,
                 text=texts[index] if texts else f"text of {index}",
             )
         )
@@ -157,10 +158,11 @@ def write_store(
     signal: dict[str, object] | None = None,
     tokenizer: Path | None = None,
     teacher: KVSpec | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Path:
     """A whole committed and compacted store of these samples."""
     manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher)
     for shard, indices in enumerate(tasks):
-        write_shard(root, source, manifest, calibration, shard, indices, documents, texts)
+        write_shard(root, source, manifest, calibration, shard, indices, documents, texts, counts)
     compact(locate(root))
     return root

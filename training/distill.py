@@ -50,9 +50,9 @@ class TrainData:
     num_train: int
     num_held_out: int
     held_out_tokens: int
-    """Tokens predicted in the held-out samples; like the numbers above, of all ranks."""
+    """Weighted tokens predicted in the held-out samples; like the numbers above, of all ranks."""
     held_out_bytes: int
-    """Bytes of their text."""
+    """Bytes of their text, weighted alike."""
     collator: KVCollator
 
 
@@ -136,13 +136,13 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         tap = None if objective is None else self._tap(model, objective)
         with tap or contextlib.nullcontext():
             logits = _forward(model, batch)
-        ce = cross_entropy(logits, batch["labels"], batch["num_predicted"])
+        ce = cross_entropy(logits, batch["labels"], batch["num_predicted"], batch["weights"])
         loss, errors = ce, None
         if objective is not None and tap is not None:
             errors = self._kv_errors(objective, tap, batch)
             loss = ce + objective.weight * errors.mean()
         self._sums.add(batch["step"], ce, errors)
-        self.meter.count(batch["step"], batch["num_predicted"])
+        self.meter.count(batch["step"], batch["num_computed"])
         # DDP averages gradients over ranks, but the shares are to be summed.
         share: Tensor = loss * self.accelerator.num_processes
         return share
@@ -151,7 +151,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return KVTap(self.accelerator.unwrap_model(model), objective.spec, layers=objective.targets.student_layers)
 
     def _kv_errors(self, objective: KVObjective, tap: KVTap, batch: TrainBatch) -> Tensor:
-        rows, targets = batch["rows"], objective.targets
+        rows, weights, targets = batch["rows"], batch["weights"], objective.targets
         student = {layer: (take_rows(key, rows), take_rows(value, rows)) for layer, (key, value) in tap.kv.items()}
         teacher = unstack(self._data.dataset.blocks, batch["teacher"])
         return kv_errors(
@@ -159,17 +159,19 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             targets.teacher_side(teacher),
             objective.variances,
             batch["num_targets"],
+            None if weights is None else weights[rows // batch["input_ids"].shape[1]],
         )
 
     def evaluation_loop(self, dataloader: Any, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> EvalLoopOutput:
-        """Cross-entropy over all held-out tokens, per token and per byte."""
+        """Cross-entropy over all held-out tokens, per token and per byte, samples weighted as in training."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         total = torch.zeros((), dtype=torch.float64)
         for inputs in dataloader:
             batch = self._prepare_inputs(inputs)
             with torch.no_grad():
-                share = cross_entropy(_forward(model, batch), batch["labels"], self._data.held_out_tokens)
+                logits = _forward(model, batch)
+                share = cross_entropy(logits, batch["labels"], self._data.held_out_tokens, batch["weights"])
             total += share.double().cpu()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss = float(self.accelerator.reduce(total.to(self.args.device), "sum"))

@@ -28,6 +28,9 @@ class TrainBatch(TypedDict):
     step: int
     num_predicted: int
     num_targets: int
+    num_computed: int
+    weights: Float[Tensor, "batch"] | None
+    """How many samples each one here stands for; None where that is one each."""
     rows: Int64[Tensor, "row"]
     """Compared positions, as `batch * num_tokens + token`; empty where no keys and values were read."""
     teacher: list[tuple[Float[Tensor, "layer row kv_head key_dim"], Float[Tensor, "layer row kv_head value_dim"]]]
@@ -68,7 +71,10 @@ class KVDataset(Dataset[ReadBatch]):
 
     def __getitem__(self, index: int) -> ReadBatch:
         length = int(self._store.samples.num_tokens[index])
-        return self.__getitems__(SampleBatch([index], step=0, num_predicted=length - 1, targets=[index], num_targets=length))
+        request = SampleBatch(
+            [index], step=0, num_predicted=length - 1, targets=[index], num_targets=length, num_computed=length - 1
+        )
+        return self.__getitems__(request)
 
     def __getitems__(self, request: SampleBatch) -> ReadBatch:
         """Read one micro-batch: a native read per array, of token ids only where the request wants no targets."""
@@ -92,6 +98,7 @@ class KVCollator:
         valid = np.arange(lengths.max()) < lengths[:, None]
         input_ids = np.full(valid.shape, self._pad_id, dtype=np.int64)
         input_ids[valid] = read.tokens.input_ids
+        weights = read.request.weights
         rows, sources = self._rows(lengths, valid.shape[1], read.targets)
         return TrainBatch(
             input_ids=torch.from_numpy(input_ids),
@@ -100,6 +107,8 @@ class KVCollator:
             step=read.request.step,
             num_predicted=read.request.num_predicted,
             num_targets=read.request.num_targets,
+            num_computed=read.request.num_computed,
+            weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
             rows=rows,
             teacher=[(_select(block.key, sources), _select(block.value, sources)) for block in read.targets],
         )

@@ -1,6 +1,7 @@
 """The losses: cross-entropy, and the distance between a student's and a teacher's keys and values.
 
 Knows tensors only. Sums are divided by counts over the whole optimizer step, so that accumulation and ranks change nothing.
+A sample of weight n counts as n copies of it would. Without weights nothing is multiplied: that is the sum it always was.
 """
 
 from __future__ import annotations
@@ -16,11 +17,21 @@ IGNORED = -100
 
 
 def cross_entropy(
-    logits: Float[Tensor, "batch token vocab"], labels: Int64[Tensor, "batch token"], num_predicted: int
+    logits: Float[Tensor, "batch token vocab"],
+    labels: Int64[Tensor, "batch token"],
+    num_predicted: int,
+    weights: Float[Tensor, "batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of -log p(next token) in nats over positions with a label, divided by `num_predicted`."""
-    shifted = logits[:, :-1].float().flatten(0, 1)
-    total = nn.functional.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    """Sum of -log p(next token) in nats over positions with a label, divided by `num_predicted`.
+
+    Args:
+        num_predicted: weighted positions of the whole optimizer step.
+        weights: of each sample; None for one each.
+    """
+    shifted, following = logits[:, :-1].float().flatten(0, 1), labels[:, 1:]
+    reduction = "sum" if weights is None else "none"
+    losses = nn.functional.cross_entropy(shifted, following.flatten(), ignore_index=IGNORED, reduction=reduction)
+    total = losses if weights is None else (losses.reshape(following.shape) * weights[:, None]).sum()
     return total / max(num_predicted, 1)
 
 
@@ -38,6 +49,7 @@ def kv_errors(
     teacher: Sequence[tuple[Float[Tensor, "row _ _"], Float[Tensor, "row _ _"]]],
     variances: Float[Tensor, "layer 2"],
     num_targets: int,
+    weights: Float[Tensor, "row"] | None = None,
 ) -> Float[Tensor, "layer 2"]:
     """Mean squared error of keys and of values in each layer, in units of the target's variance; the KV loss is its mean.
 
@@ -48,12 +60,15 @@ def kv_errors(
         student: keys and values of each layer, `[row, kv_head, dim]`.
         teacher: what they should be, the same shapes; gets no gradient.
         variances: of the targets' keys and values.
-        num_targets: rows of the whole optimizer step.
+        num_targets: weighted rows of the whole optimizer step.
+        weights: of each row; None for one each.
     """
     errors = []
     for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
         for kind in range(2):
             difference = ours[kind].float() - theirs[kind].detach().float()
             numbers = max(num_targets, 1) * difference.shape[1] * difference.shape[2]
-            errors.append(difference.square().sum() / (numbers * variances[layer, kind]))
+            squares = difference.square()
+            total = squares.sum() if weights is None else (squares.sum(dim=(1, 2)) * weights).sum()
+            errors.append(total / (numbers * variances[layer, kind]))
     return torch.stack(errors).reshape(len(variances), 2)

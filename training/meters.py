@@ -64,11 +64,11 @@ class Meter:
         yield
         self._wait_s += time.perf_counter() - started
 
-    def count(self, step: int, num_predicted: int) -> None:
-        """Count the tokens of a step; its micro-batches all bring the same number."""
+    def count(self, step: int, num_computed: int) -> None:
+        """Count the tokens of a step, unweighted; its micro-batches all bring the same number."""
         if step != self._step:
             self._step = step
-            self._tokens += num_predicted
+            self._tokens += num_computed
 
     def read(self) -> dict[str, int | float]:
         """The present state, as the fields of a line of metrics."""

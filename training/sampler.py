@@ -1,6 +1,6 @@
 """Which samples are trained on, in which order, and which are held out: pure functions of the store's sample table.
 
-Numpy only: no torch, no files. Every stored sample is seen once per epoch, however often the data had it.
+Numpy only: no torch, no files. Every stored sample is seen once per epoch; how often the data had it is its weight.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ class SampleTable:
     """Number of the sample in its store."""
     shard: Int[np.ndarray, "sample"]
     num_tokens: Int[np.ndarray, "sample"]
+    count: Int[np.ndarray, "sample"]
+    """How often the data had the sample: its weight in every loss."""
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def predicted(self) -> Int64[np.ndarray, "sample"]:
+        """Tokens of each sample that are predicted: all but the first."""
+        return self.num_tokens.astype(np.int64) - 1
 
 
 def epoch_order(
@@ -115,17 +122,29 @@ class SampleBatch(list[int]):
     """Store indices of one micro-batch, with what the loader and the loss must know about it; to torch a plain list."""
 
     def __init__(
-        self, samples: Iterable[int], *, step: int, num_predicted: int, targets: Sequence[int] | None, num_targets: int
+        self,
+        samples: Iterable[int],
+        *,
+        step: int,
+        num_predicted: int,
+        targets: Sequence[int] | None,
+        num_targets: int,
+        num_computed: int,
+        weights: Sequence[int] | None = None,
     ) -> None:
         super().__init__(samples)
         self.step = step
         """The optimizer step, from 0, that this micro-batch belongs to."""
         self.num_predicted = num_predicted
-        """Tokens predicted in that whole step, over all micro-batches and ranks: the one denominator of its cross-entropy."""
+        """Weighted tokens predicted in that whole step, of all micro-batches and ranks: the denominator of its cross-entropy."""
         self.targets = targets
         """Samples whose keys and values are the targets, one for each here; None where none are wanted, so none are read."""
         self.num_targets = num_targets
-        """Positions compared in that whole step: the one denominator of its KV loss."""
+        """Weighted positions compared in that whole step: the one denominator of its KV loss."""
+        self.num_computed = num_computed
+        """Tokens predicted in that whole step, unweighted: the work done."""
+        self.weights = weights
+        """How many samples each one here stands for; None where that is one each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +169,23 @@ def held_out_batches(table: SampleTable, batch_size: int, *, rank: int = 0, worl
     batches = []
     for first in range(rank * batch_size, len(table), world_size * batch_size):
         rows = slice(first, first + batch_size)
-        predicted = int((table.num_tokens[rows].astype(np.int64) - 1).sum())
-        batches.append(SampleBatch(table.index[rows].tolist(), step=0, num_predicted=predicted, targets=None, num_targets=0))
+        batches.append(
+            SampleBatch(
+                table.index[rows].tolist(),
+                step=0,
+                num_predicted=int((table.count[rows] * table.predicted[rows]).sum()),
+                targets=None,
+                num_targets=0,
+                num_computed=int(table.predicted[rows].sum()),
+                weights=_weights(table.count[rows]),
+            )
+        )
     return batches
+
+
+def _weights(count: Int[np.ndarray, "sample"]) -> list[int] | None:
+    """Counts as weights; None for ones, which the loss then leaves out of its arithmetic."""
+    return None if (count == 1).all() else count.tolist()
 
 
 class KVBatchSampler:
@@ -230,15 +263,17 @@ class KVBatchSampler:
         """This rank's micro-batches of one global batch."""
         plan, table = self._plan, self._table
         targets = np.roll(rows, -1) if plan.shuffle_targets else rows
-        lengths = table.num_tokens[rows].astype(np.int64)
-        compared = np.minimum(lengths, table.num_tokens[targets]) - plan.sink_tokens
+        count, predicted = table.count[rows].astype(np.int64), table.predicted[rows]
+        compared = np.minimum(table.num_tokens[rows], table.num_tokens[targets]).astype(np.int64) - plan.sink_tokens
         with_kv = step < plan.kv_steps
         for first in range(self._rank * self.batch_size, plan.batch_size, self._world_size * self.batch_size):
             micro = slice(first, first + self.batch_size)
             yield SampleBatch(
                 table.index[rows[micro]].tolist(),
                 step=step,
-                num_predicted=int((lengths - 1).sum()),
+                num_predicted=int((count * predicted).sum()),
                 targets=table.index[targets[micro]].tolist() if with_kv else None,
-                num_targets=int(compared.clip(min=0).sum()) if with_kv else 0,
+                num_targets=int((count * compared.clip(min=0)).sum()) if with_kv else 0,
+                num_computed=int(predicted.sum()),
+                weights=_weights(count[micro]),
             )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from kvstore.reader import Store
@@ -149,7 +149,8 @@ def measure_variances(
 ) -> Float64[np.ndarray, "layer 2"]:
     """Mean over channels of the variance about the channel's mean, of every layer's target keys and values.
 
-    Measured on the store's first samples, sinks left out: a pure function of store, map and `sink_tokens`.
+    Measured on the store's first samples, weighted by their counts, sinks left out: a pure function of store, map and
+    `sink_tokens`.
 
     Raises:
         ValueError: a target does not vary, so no distance to it can be scaled.
@@ -157,13 +158,15 @@ def measure_variances(
     dataset = KVDataset(store, targets.alignment.teacher_layers)
     sums = [[_ChannelSums(), _ChannelSums()] for _ in targets.pairs]
     for samples in _first_samples(store.samples.num_tokens, num_tokens):
-        read = dataset.__getitems__(SampleBatch(samples, step=0, num_predicted=0, targets=samples, num_targets=0))
+        request = SampleBatch(samples, step=0, num_predicted=0, targets=samples, num_targets=0, num_computed=0)
+        read = dataset.__getitems__(request)
         starts = read.tokens.cu_seqlens
         keep = np.concatenate([np.arange(first + sink_tokens, last) for first, last in itertools.pairwise(starts)])
+        weights = np.repeat(store.samples.count[samples], np.diff(starts))[keep]
         blocks = [(torch.from_numpy(block.key[:, keep]), torch.from_numpy(block.value[:, keep])) for block in read.targets]
         for layer, pair in enumerate(targets.teacher_side(unstack(dataset.blocks, blocks))):
             for kind, values in enumerate(pair):
-                sums[layer][kind].add(values.numpy())
+                sums[layer][kind].add(values.numpy(), weights)
     variances = np.array([[kind.variance() for kind in layer] for layer in sums])
     for (student, teacher), row in zip(targets.pairs, variances, strict=True):
         if not (np.isfinite(row) & (row > 0)).all():
@@ -191,7 +194,7 @@ def _first_samples(lengths: np.ndarray, num_tokens: int) -> list[list[int]]:
 
 
 class _ChannelSums:
-    """Running first and second moments of every channel, in float64 about the first row, so that a loud mean costs no digits."""
+    """Weighted first and second moments of every channel, in float64 about the first row, so that a loud mean costs no digits."""
 
     def __init__(self) -> None:
         self._origin: np.ndarray | None = None
@@ -199,15 +202,15 @@ class _ChannelSums:
         self._sum: np.ndarray | float = 0.0
         self._squares: np.ndarray | float = 0.0
 
-    def add(self, values: Float[np.ndarray, "row kv_head dim"]) -> None:
+    def add(self, values: Float[np.ndarray, "row kv_head dim"], weights: Int[np.ndarray, "row"]) -> None:
         if len(values) == 0:
             return
         if self._origin is None:
             self._origin = values[0].astype(np.float64)
-        centred = values - self._origin
-        self._count += len(values)
-        self._sum = self._sum + centred.sum(axis=0)
-        self._squares = self._squares + np.square(centred).sum(axis=0)
+        centred, weight = values - self._origin, weights[:, None, None]
+        self._count += int(weights.sum())
+        self._sum = self._sum + (weight * centred).sum(axis=0)
+        self._squares = self._squares + (weight * np.square(centred)).sum(axis=0)
 
     def variance(self) -> float:
         """Mean over channels; 0 for nothing."""

@@ -106,7 +106,7 @@ def _plan_data(
     """Split the store and plan this rank's batches."""
     samples = store.samples
     train, held_out = (
-        SampleTable(chosen, samples.shard[chosen], samples.num_tokens[chosen])
+        SampleTable(chosen, samples.shard[chosen], samples.num_tokens[chosen], samples.count[chosen])
         for chosen in split_held_out(
             samples.ids,
             samples.source,
@@ -133,8 +133,8 @@ def _plan_data(
         held_out=held_out_batches(held_out, batches.batch_size, rank=rank, world_size=world_size),
         num_train=len(train),
         num_held_out=len(held_out),
-        held_out_tokens=int(held_out.num_tokens.sum()) - len(held_out),
-        held_out_bytes=predicted_bytes(tokenizer, _token_ids(store, held_out.index.tolist())),
+        held_out_tokens=int((held_out.count * held_out.predicted).sum()),
+        held_out_bytes=predicted_bytes(tokenizer, _token_ids(store, held_out.index.tolist()), held_out.count.tolist()),
         collator=KVCollator(sink_tokens=config.sink_tokens, pad_id=tokenizer.pad_token_id or 0),
     )
 

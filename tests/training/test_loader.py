@@ -33,8 +33,13 @@ def store(tmp_path_factory: pytest.TempPathFactory, numbers: Source) -> Store:
     return open_store(write_store(tmp_path_factory.mktemp("loader") / "kv", numbers, codec="raw"))
 
 
-def request(samples: Sequence[int], targets: Sequence[int] | None = None) -> SampleBatch:
-    return SampleBatch(samples, step=7, num_predicted=11, targets=targets, num_targets=13)
+def request(samples: Sequence[int], targets: Sequence[int] | None = None, weights: Sequence[int] | None = None) -> SampleBatch:
+    return SampleBatch(samples, step=7, num_predicted=11, targets=targets, num_targets=13, num_computed=10, weights=weights)
+
+
+def table_of(store: Store) -> SampleTable:
+    samples = store.samples
+    return SampleTable(np.arange(len(samples)), samples.shard, samples.num_tokens, samples.count)
 
 
 def load(dataset: KVDataset, batch: SampleBatch, sink_tokens: int = 0) -> TrainBatch:
@@ -50,7 +55,10 @@ def test_tokens_are_padded_on_the_right_and_only_real_ones_have_labels(store: St
         assert batch["input_ids"][row].tolist() == ids + [250] * pads
         assert batch["labels"][row].tolist() == ids + [IGNORED] * pads
         assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * pads
-    assert (batch["step"], batch["num_predicted"], batch["num_targets"]) == (7, 11, 13)
+    assert (batch["step"], batch["num_predicted"], batch["num_targets"], batch["num_computed"]) == (7, 11, 13, 10)
+    assert batch["weights"] is None
+    weighted = load(KVDataset(store, (0,)), request([1, 4, 3], weights=[1, 5, 2]))
+    torch.testing.assert_close(weighted["weights"], torch.tensor([1.0, 5.0, 2.0]))
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 4, 100])
@@ -83,8 +91,7 @@ def test_shuffled_targets_bring_another_samples_keys_and_values_to_the_same_posi
 
 
 def test_the_rows_are_as_many_as_the_sampler_counted(store: Store) -> None:
-    everything = np.arange(len(LENGTHS))
-    table = SampleTable(everything, store.samples.shard, store.samples.num_tokens)
+    table = table_of(store)
     for shuffle in (False, True):
         plan = BatchPlan(batch_size=6, seed=3, window_tokens=1, kv_steps=9, sink_tokens=4, shuffle_targets=shuffle)
         (batch,) = KVBatchSampler(table, plan)
@@ -153,7 +160,7 @@ def test_the_dataset_pickles_and_reads_the_same_elsewhere(store: Store) -> None:
 
 @pytest.mark.slow
 def test_worker_processes_deliver_the_same_batches_in_the_same_order(store: Store) -> None:
-    table = SampleTable(np.arange(len(LENGTHS)), store.samples.shard, store.samples.num_tokens)
+    table = table_of(store)
     plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=2, sink_tokens=1)
     sampler, collator = KVBatchSampler(table, plan), KVCollator(sink_tokens=1)
     loaders = [
@@ -174,7 +181,7 @@ def test_worker_processes_deliver_the_same_batches_in_the_same_order(store: Stor
 
 
 def test_the_loader_hands_the_epoch_to_its_sampler(store: Store) -> None:
-    table = SampleTable(np.arange(len(LENGTHS)), store.samples.shard, store.samples.num_tokens)
+    table = table_of(store)
     plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=0, sink_tokens=1)
     loader = KVDataLoader(KVDataset(store, ()), batch_sampler=KVBatchSampler(table, plan), collate_fn=KVCollator(sink_tokens=1))
     first = [batch["input_ids"].tolist() for batch in loader]
@@ -192,6 +199,8 @@ def a_batch(step: int) -> TrainBatch:
         step=step,
         num_predicted=0,
         num_targets=0,
+        num_computed=0,
+        weights=None,
         rows=torch.zeros(0, dtype=torch.int64),
         teacher=[],
     )

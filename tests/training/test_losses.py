@@ -25,6 +25,19 @@ def test_cross_entropy_is_the_mean_log_loss_of_the_next_token_where_there_is_one
     assert cross_entropy(logits, labels, 4).item() == pytest.approx(expected / 4, rel=1e-6)
 
 
+def test_weighted_cross_entropy_is_the_written_out_sum() -> None:
+    logits = normal(3, 4, 5)
+    labels = torch.tensor([[3, 1, 4, 2], [0, 2, IGNORED, IGNORED], [1, 1, 0, IGNORED]])
+    weights = [3, 1, 2]
+    expected = 0.0
+    for row, column, label in [(0, 0, 1), (0, 1, 4), (0, 2, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)]:
+        scores = logits[row, column].tolist()
+        expected -= weights[row] * (scores[label] - math.log(sum(math.exp(score) for score in scores)))
+    num_predicted = 3 * 3 + 1 * 1 + 2 * 2
+    loss = cross_entropy(logits, labels, num_predicted, torch.tensor(weights).float())
+    assert loss.item() == pytest.approx(expected / num_predicted, rel=1e-6)
+
+
 def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
     logits = (10 * normal(1, 9, 50)).bfloat16()
     labels = torch.arange(9)[None]
@@ -33,7 +46,8 @@ def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
 
 
 def test_nothing_to_predict_is_a_loss_of_zero() -> None:
-    assert cross_entropy(normal(1, 1, 5), torch.tensor([[2]]), 0).item() == 0.0
+    for weights in (None, torch.tensor([3.0])):
+        assert cross_entropy(normal(1, 1, 5), torch.tensor([[2]]), 0, weights).item() == 0.0
 
 
 def test_rows_are_picked_by_sample_and_token() -> None:
@@ -44,14 +58,20 @@ def test_rows_are_picked_by_sample_and_token() -> None:
 
 
 def written_out(
-    student: list[tuple[Tensor, Tensor]], teacher: list[tuple[Tensor, Tensor]], variances: Tensor, num_targets: int
+    student: list[tuple[Tensor, Tensor]],
+    teacher: list[tuple[Tensor, Tensor]],
+    variances: Tensor,
+    num_targets: int,
+    weights: list[int],
 ) -> float:
-    """1/|M| sum_l 1/2 [mse(K) / var(K) + mse(V) / var(V)], number by number."""
+    """1/|M| sum_l 1/2 [mse(K) / var(K) + mse(V) / var(V)], number by number, each times the weight of its row."""
     total = 0.0
     for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
         for kind in (0, 1):
             squares = [
-                (a - b) ** 2 for a, b in zip(ours[kind].flatten().tolist(), theirs[kind].flatten().tolist(), strict=True)
+                weight * (a - b) ** 2
+                for weight, our_row, their_row in zip(weights, ours[kind], theirs[kind], strict=True)
+                for a, b in zip(our_row.flatten().tolist(), their_row.flatten().tolist(), strict=True)
             ]
             per_token = ours[kind].shape[1] * ours[kind].shape[2]
             total += 0.5 * sum(squares) / (num_targets * per_token) / float(variances[layer, kind])
@@ -72,7 +92,30 @@ VARIANCES = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
 def test_the_kv_loss_is_the_written_out_formula() -> None:
     student, teacher = layers(7, seed=10), layers(7, seed=20)
     loss = kv_errors(student, teacher, VARIANCES, 7).mean().item()
-    assert loss == pytest.approx(written_out(student, teacher, VARIANCES, 7), rel=1e-5)
+    assert loss == pytest.approx(written_out(student, teacher, VARIANCES, 7, [1] * 7), rel=1e-5)
+
+
+def test_the_weighted_kv_loss_is_the_written_out_formula() -> None:
+    student, teacher, weights = layers(5, seed=10), layers(5, seed=20), [3, 3, 1, 2, 2]
+    loss = kv_errors(student, teacher, VARIANCES, 11, torch.tensor(weights).float()).mean().item()
+    assert loss == pytest.approx(written_out(student, teacher, VARIANCES, 11, weights), rel=1e-5)
+
+
+def test_weight_three_has_the_loss_and_the_gradients_of_three_copies() -> None:
+    copies, weights = torch.tensor([0, 0, 0, 1]), torch.tensor([3.0, 1.0])
+    labels = torch.tensor([[1, 2, 3, 4], [0, 1, IGNORED, IGNORED]])
+    logits, key = normal(2, 4, 5).requires_grad_(), normal(2, 1, 2).requires_grad_()
+    target = normal(2, 1, 2, seed=1)
+    stored = (
+        cross_entropy(logits, labels, 10, weights)
+        + kv_errors([(key, key)], [(target, target)], VARIANCES[:1], 4, weights).sum()
+    )
+    ours = torch.autograd.grad(stored, [logits, key])
+    copied, theirs = key[copies], target[copies]
+    repeated = cross_entropy(logits[copies], labels[copies], 10)
+    repeated = repeated + kv_errors([(copied, copied)], [(theirs, theirs)], VARIANCES[:1], 4).sum()
+    torch.testing.assert_close(stored, repeated)
+    torch.testing.assert_close(ours, torch.autograd.grad(repeated, [logits, key]))
 
 
 def test_each_error_belongs_to_its_layer_and_kind() -> None:
@@ -88,21 +131,34 @@ def test_scaling_both_sides_and_the_variance_leaves_the_loss() -> None:
     torch.testing.assert_close(kv_errors(*scaled, 9 * VARIANCES, 5), kv_errors(student, teacher, VARIANCES, 5))
 
 
-def test_micro_batches_of_unequal_size_add_up_to_the_whole_step() -> None:
+def test_without_weights_the_losses_are_the_plain_sums_bit_for_bit() -> None:
+    logits, labels = normal(7, 65, 50), torch.randint(0, 50, (7, 65), generator=torch.Generator().manual_seed(1))
+    summed = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert torch.equal(cross_entropy(logits, labels, 448), summed / 448)
+    ours, theirs = normal(500, 2, 8), normal(500, 2, 8, seed=1)
+    errors = kv_errors([(ours, ours)], [(theirs, theirs)], VARIANCES[:1], 500)
+    assert torch.equal(errors[0], (ours - theirs).square().sum() / (500 * 2 * 8 * VARIANCES[0]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_micro_batches_of_unequal_size_add_up_to_the_whole_step(weighted: bool) -> None:
     student, teacher = layers(9, seed=10), layers(9, seed=20)
+    of_rows = torch.tensor([2.0, 2, 1, 1, 1, 5, 5, 5, 5]) if weighted else None
     parts = [
         kv_errors(
             [(key[part], value[part]) for key, value in student],
             [(key[part], value[part]) for key, value in teacher],
             VARIANCES,
             9,
+            None if of_rows is None else of_rows[part],
         )
         for part in (slice(0, 1), slice(1, 9), slice(9, 9))
     ]
-    torch.testing.assert_close(sum(parts), kv_errors(student, teacher, VARIANCES, 9))
+    torch.testing.assert_close(sum(parts), kv_errors(student, teacher, VARIANCES, 9, of_rows))
     logits, labels = normal(3, 4, 5), torch.tensor([[1, 2, 3, 4], [0, 1, IGNORED, IGNORED], [2, 2, 2, IGNORED]])
-    split = cross_entropy(logits[:1], labels[:1], 6) + cross_entropy(logits[1:], labels[1:], 6)
-    torch.testing.assert_close(split, cross_entropy(logits, labels, 6))
+    whole = cross_entropy(logits, labels, 6, torch.tensor([1.0, 3.0, 2.0]) if weighted else None)
+    rest = cross_entropy(logits[1:], labels[1:], 6, torch.tensor([3.0, 2.0]) if weighted else None)
+    torch.testing.assert_close(cross_entropy(logits[:1], labels[:1], 6) + rest, whole)
 
 
 def test_what_is_not_compared_neither_leaks_in_nor_gets_a_gradient() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,17 @@ def table(num_samples: int, per_shard: int = 4, seed: int = 0) -> SampleTable:
         index=np.arange(num_samples, dtype=np.int64) * 3 + 100,
         shard=np.arange(num_samples) // per_shard,
         num_tokens=rng.integers(1, 41, size=num_samples),
+        count=rng.choice([1, 1, 1, 2, 7], size=num_samples),
+    )
+
+
+def table_of(num_tokens: Sequence[int], count: Sequence[int]) -> SampleTable:
+    """Samples of one shard, typed as a store types them."""
+    return SampleTable(
+        index=np.arange(len(num_tokens)),
+        shard=np.zeros(len(num_tokens), dtype=np.int32),
+        num_tokens=np.array(num_tokens, dtype=np.int32),
+        count=np.array(count, dtype=np.int32),
     )
 
 
@@ -42,6 +54,10 @@ def batches(samples: SampleTable, plan: BatchPlan, epoch: int = 0, **over: Any) 
     sampler = KVBatchSampler(samples, plan, **over)
     sampler.set_epoch(epoch)
     return list(sampler)
+
+
+def weights(batch: SampleBatch) -> list[int]:
+    return [1] * len(batch) if batch.weights is None else list(batch.weights)
 
 
 def test_the_permutation_is_pinned() -> None:
@@ -103,8 +119,9 @@ def test_ranks_and_micro_batches_cut_the_same_global_batches(num_samples: int, e
             per_step = len(ranks[0]) // len(whole)
             parts = [rank[number * per_step + i] for i in range(per_step) for rank in ranks]
             assert [sample for part in parts for sample in part] == list(batch)
-            assert {(part.step, part.num_predicted, part.num_targets) for part in parts} == {
-                (batch.step, batch.num_predicted, batch.num_targets)
+            assert [weight for part in parts for weight in weights(part)] == weights(batch)
+            assert {(part.step, part.num_predicted, part.num_targets, part.num_computed) for part in parts} == {
+                (batch.step, batch.num_predicted, batch.num_targets, batch.num_computed)
             }
 
 
@@ -127,27 +144,52 @@ def test_steps_count_on_over_epochs_and_targets_end_with_the_kv_phase() -> None:
 
 
 def test_a_step_counts_its_predicted_and_its_compared_tokens() -> None:
-    samples = SampleTable(np.arange(4), np.zeros(4, dtype=np.int64), np.array([1, 3, 6, 10], dtype=np.int32))
-    (batch,) = batches(samples, plan(sink_tokens=4))
-    assert batch.num_predicted == 0 + 2 + 5 + 9
+    (batch,) = batches(table_of([1, 3, 6, 10], [1, 1, 1, 1]), plan(sink_tokens=4))
+    assert batch.num_predicted == batch.num_computed == 0 + 2 + 5 + 9
     assert batch.num_targets == 0 + 0 + 2 + 6
     assert batch.targets == list(batch)
+    assert batch.weights is None
+
+
+def test_a_sample_the_data_had_three_times_counts_three_times_but_is_computed_once() -> None:
+    (batch,) = batches(table_of([1, 3, 6, 10], [9, 2, 3, 1]), plan(sink_tokens=4))
+    assert batch.num_predicted == 9 * 0 + 2 * 2 + 3 * 5 + 9
+    assert batch.num_targets == 9 * 0 + 2 * 0 + 3 * 2 + 6
+    assert batch.num_computed == 0 + 2 + 5 + 9
+    assert weights(batch) == [(9, 2, 3, 1)[sample] for sample in batch]
+    (held_out,) = held_out_batches(table_of([1, 3, 6, 10], [9, 2, 3, 1]), 4)
+    assert (held_out.num_predicted, held_out.num_computed, held_out.weights) == (28, 16, [9, 2, 3, 1])
+
+
+def test_denominators_of_many_long_samples_do_not_overflow() -> None:
+    (batch,) = batches(table_of([100_000] * 4, [100_000] * 4), plan())
+    assert (batch.num_predicted, batch.num_targets) == (4 * 100_000 * 99_999, 4 * 100_000 * 99_996)
+
+
+def test_only_micro_batches_with_a_repeated_sample_carry_weights() -> None:
+    cut = batches(table_of([5] * 4, [1, 1, 4, 1]), plan(), micro_batch_size=1)
+    assert {part[0]: part.weights for part in cut} == {0: None, 1: None, 2: [4], 3: None}
+    assert {part.num_predicted for part in cut} == {7 * 4}
 
 
 def test_shuffled_targets_are_other_samples_of_the_batch_and_share_their_shorter_length() -> None:
-    samples = SampleTable(np.arange(4), np.zeros(4, dtype=np.int64), np.array([5, 6, 7, 8], dtype=np.int32))
+    count = [1, 4, 2, 1]
+    samples = table_of([5, 6, 7, 8], count)
     (batch,) = batches(samples, plan(shuffle_targets=True))
     assert batch.targets is not None
     assert sorted(batch.targets) == sorted(batch)
     assert all(ours != theirs for ours, theirs in zip(batch, batch.targets, strict=True))
     lengths = samples.num_tokens
-    assert batch.num_targets == sum(min(lengths[a], lengths[b]) - 4 for a, b in zip(batch, batch.targets, strict=True))
+    assert batch.num_targets == sum(
+        count[a] * (min(lengths[a], lengths[b]) - 4) for a, b in zip(batch, batch.targets, strict=True)
+    )
+    assert weights(batch) == [count[sample] for sample in batch], "a sample keeps its own weight"
     (plain,) = batches(samples, plan())
     assert list(plain) == list(batch), "the control sees the same samples in the same order"
 
 
 def test_a_batch_survives_pickling_to_a_worker() -> None:
-    batch = SampleBatch([5, 6], step=3, num_predicted=20, targets=[6, 5], num_targets=12)
+    batch = SampleBatch([5, 6], step=3, num_predicted=20, targets=[6, 5], num_targets=12, num_computed=11, weights=[1, 3])
     copy = pickle.loads(pickle.dumps(batch))
     assert isinstance(copy, SampleBatch)
     assert list(copy) == [5, 6]
@@ -174,7 +216,8 @@ def test_held_out_batches_have_every_sample_once_over_the_ranks_and_no_targets()
     every = [batch for rank in ranks for batch in rank]
     assert sorted(sample for batch in every for sample in batch) == samples.index.tolist()
     assert all(batch.targets is None for batch in every)
-    assert sum(batch.num_predicted for batch in every) == samples.num_tokens.sum() - 11
+    assert sum(batch.num_computed for batch in every) == samples.num_tokens.sum() - 11
+    assert sum(batch.num_predicted for batch in every) == (samples.count * (samples.num_tokens - 1)).sum()
 
 
 def ids_of(num_samples: int) -> list[str]:

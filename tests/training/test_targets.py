@@ -57,7 +57,8 @@ def bake(root: Path, numbers: Source, alignment: Alignment, **store: Any) -> Sto
 
 def read_targets(store: Store, targets: KVTargets, sample: int) -> list[KeyValue]:
     dataset = KVDataset(store, targets.alignment.teacher_layers)
-    read = dataset.__getitems__(SampleBatch([sample], step=0, num_predicted=0, targets=[sample], num_targets=0))
+    request = SampleBatch([sample], step=0, num_predicted=0, targets=[sample], num_targets=0, num_computed=0)
+    read = dataset.__getitems__(request)
     blocks = [(torch.from_numpy(block.key), torch.from_numpy(block.value)) for block in read.targets]
     return targets.teacher_side(unstack(dataset.blocks, blocks))
 
@@ -156,6 +157,16 @@ def test_variances_come_from_the_first_samples_only(raw: Store, numbers: Source)
     variances = measure_variances(raw, targets, sink_tokens=0, num_tokens=41)
     stored = np.concatenate([sample[3][1] for sample in numbers.kv[:2]])
     assert variances[0, 1] == pytest.approx(stored.reshape(-1, 2, 2, 8).mean(axis=2).var(axis=0).mean(), rel=1e-5)
+
+
+def test_variances_weight_a_sample_by_its_count(tmp_path: Path, numbers: Source) -> None:
+    counts = [1, 3, 1, 2]
+    store = open_store(write_store(tmp_path / "kv", numbers, codec="raw", counts=counts))
+    targets = KVTargets(plan_alignment(store, STUDENT, layer_map="last_aligned", layers="-1"))
+    variances = measure_variances(store, targets, sink_tokens=4)
+    copies = [sample[3][1][4:] for sample, count in zip(numbers.kv, counts, strict=True) for _ in range(count)]
+    grouped = np.concatenate(copies).astype(np.float64).reshape(-1, 2, 2, 8).mean(axis=2)
+    assert variances[0, 1] == pytest.approx(grouped.var(axis=0).mean(), rel=1e-6)
 
 
 def test_a_loud_constant_key_does_not_drown_the_variance(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def test_the_saved_student_has_the_held_out_loss_of_the_summary_under_plain_tran
 def test_the_first_step_has_the_written_out_losses(plain: TrainSummary, store_path: Path, student: str, source: Source) -> None:
     store = open_store(store_path)
     train, _ = train_samples(store)
-    table = SampleTable(train, store.samples.shard[train], store.samples.num_tokens[train])
+    samples = store.samples
+    table = SampleTable(train, samples.shard[train], samples.num_tokens[train], samples.count[train])
     plan = BatchPlan(batch_size=8, seed=0, window_tokens=2**40, kv_steps=KV_STEPS, sink_tokens=4)
     first = next(iter(KVBatchSampler(table, plan)))
     model, _ = build_student(student, vocab_size=len(byte_tokenizer()), seed=0)
@@ -260,6 +261,50 @@ def test_a_baked_store_trains_as_the_raw_one_does(
         assert logged(other.out, name) == pytest.approx(logged(plain.out, name), rel=1e-4), name
 
 
+# ---- samples the data had several times
+
+COUNTS = [1, 3, 1, 2, 1, 1, 4, 1, 3, 1]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, student: str) -> TrainSummary:
+    """A run on ten samples, all in each step, and a short document held out, of samples stored once with a count."""
+    folder = tmp_path_factory.mktemp("counted")
+    store = counted_store(folder / "kv", tokenizer_folder, list(range(len(COUNTS) + 2)), [*COUNTS, 3, 1])
+    return run_training(settings(store, student, folder / "run", steps=4, batch_size=10, eval_every=2, eval_fraction=1e-9))
+
+
+def counted_store(root: Path, tokenizer: Path, indices: Sequence[int], counts: Sequence[int]) -> Path:
+    """These samples in this order, the last two kinds of one document: the smallest, so the one held out."""
+    whole = teacher_source([*make_texts(len(COUNTS), seed=5), "keys", "a token"])
+    chosen = Source(
+        spec=whole.spec, input_ids=[whole.input_ids[index] for index in indices], kv=[whole.kv[index] for index in indices]
+    )
+    documents = [f"document-{min(index, len(COUNTS))}" for index in indices]
+    return write_store(root, chosen, codec="raw", documents=documents, tokenizer=tokenizer, counts=counts)
+
+
+def test_a_count_trains_as_so_many_copies_in_the_same_batch_do(
+    counted: TrainSummary, student: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    copies = [index for index, count in enumerate([*COUNTS, 3, 1]) for _ in range(count)]
+    store = counted_store(tmp_path / "kv", tokenizer_folder, copies, [1] * len(copies))
+    other = run_training(counted.config.model_copy(update={"store": store, "out": tmp_path / "run", "batch_size": sum(COUNTS)}))
+    assert (other.num_train_samples, counted.num_train_samples) == (sum(COUNTS), len(COUNTS))
+    for name in ("loss", "ce", "kv_loss", "kv_key_0", "kv_value_1", "grad_norm", "eval_loss", "eval_nats_per_byte"):
+        assert logged(counted.out, name) == pytest.approx(logged(other.out, name), rel=2e-4), name
+        assert logged(counted.out, name)[0] == pytest.approx(logged(other.out, name)[0], rel=2e-5), name
+    lengths = open_store(counted.config.store).samples.num_tokens[: len(COUNTS)].astype(int)
+    assert counted.tokens == 4 * (lengths - 1).sum(), "tokens are those computed"
+    assert other.tokens == 4 * (COUNTS * (lengths - 1)).sum()
+
+
+def test_how_a_step_is_cut_does_not_change_weighted_losses(counted: TrainSummary, tmp_path: Path) -> None:
+    other = run_training(counted.config.model_copy(update={"out": tmp_path / "run", "micro_batch_size": 2}))
+    for name in ("loss", "ce", "kv_loss", "grad_norm", "eval_loss", "eval_nats_per_byte", "tokens"):
+        assert logged(other.out, name) == pytest.approx(logged(counted.out, name), rel=2e-4), name
+
+
 # ---- controls
 
 
@@ -365,8 +410,10 @@ def test_samples_longer_than_the_students_positions_are_refused(store_path: Path
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(plain: TrainSummary, tmp_path: Path) -> None:
-    config = plain.config.model_copy(update={"out": tmp_path / "run"})
+@pytest.mark.parametrize("run", ["plain", "counted"])
+def test_two_ranks_train_as_one(run: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    one: TrainSummary = request.getfixturevalue(run)
+    config = one.config.model_copy(update={"out": tmp_path / "run"})
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
         "import sys; from pathlib import Path; from training.config import TrainConfig; from training.trainer import run_training;"
@@ -377,7 +424,7 @@ def test_two_ranks_train_as_one(plain: TrainSummary, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "main.py"), str(tmp_path / "config.json")], check=True, env=environment)
     for name in ("loss", "ce", "kv_loss", "grad_norm", "eval_loss", "eval_nats_per_byte", "tokens"):
-        assert logged(tmp_path / "run", name) == pytest.approx(logged(plain.out, name), rel=2e-4), name
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
 
 
 @pytest.mark.slow
