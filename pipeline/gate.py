@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -160,7 +160,8 @@ def _compare(
         num_samples=num_samples,
         num_tokens=num_tokens,
         kl=float(kl) / num_tokens,
-        perplexity_change=math.expm1((changed_nll - base_nll) / num_predicted),
+        # Beyond 700 nats the ratio leaves float64; the record must stay a number.
+        perplexity_change=math.expm1(min((changed_nll - base_nll) / num_predicted, 700.0)),
         top1_agreement=float(agreement) / num_tokens,
     )
 
@@ -281,16 +282,15 @@ def verdict(result: GateResult, limit: float, alternatives: Iterable[GateResult]
         alternatives: gates of other codecs, in the order in which they are to be recommended.
     """
     tried = list(alternatives)
-    passing: Iterator[GateResult] = (other for other in tried if other.passes(limit))
-    baked = "" if result.geometry == "stored" else ", in the teacher's geometry, before projection"
+    where = "" if result.geometry == "stored" else ", in the teacher's geometry, before projection"
     message = (
         f"codec {result.codec}: the teacher's predictions change by KL {result.kl:.3g} nats per token, expected at most "
         f"{limit:g} (perplexity {100 * result.perplexity_change:+.1f} %, top-1 agreement {result.top1_agreement:.2f}, "
-        f"{result.num_tokens:,} tokens{baked}); "
+        f"{result.num_tokens:,} tokens{where}); "
     )
-    best = next(passing, None)
-    if best is not None:
-        return f"{message}{best.codec} passes with {best.kl:.2g}: use --codec {best.codec}, or --accept-fidelity to store it all the same"
+    all_the_same = "or --accept-fidelity to store it all the same"
+    if best := next((other for other in tried if other.passes(limit)), None):
+        return f"{message}{best.codec} passes with {best.kl:.2g}: use --codec {best.codec}, {all_the_same}"
     if tried:
-        message += f"nor does {', '.join(f'{other.codec} ({other.kl:.2g})' for other in tried)} pass; "
-    return f"{message}use a more faithful --codec, raw at the last, or --accept-fidelity to store it all the same"
+        message += f"{' and '.join(f'{other.codec} ({other.kl:.2g})' for other in tried)} do not pass either; "
+    return f"{message}use a more faithful --codec, raw at the last, {all_the_same}"
