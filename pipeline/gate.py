@@ -135,19 +135,13 @@ def _compare(
     model: Any, spec: KVSpec, pairs: Iterable[tuple[np.ndarray, Replace]], *, codec: str, geometry: Geometry
 ) -> GateResult:
     num_samples, num_predicted, num_tokens = 0, 0, 0
-    sums = np.zeros(4)  # KL, agreement, and the negative log-likelihood of the text without and with
+    sums = np.zeros(4)
     with torch.inference_mode(), evaluation_mode(model):
         for input_ids, replace in pairs:
-            ids = torch.from_numpy(np.asarray(input_ids, dtype=np.int64))[None].to(model.device)
-            with KVTap(model, spec) as tap:
-                base = model(input_ids=ids, use_cache=False).logits[0]
-            own = tap.kv
-            with substituted(model, spec, lambda layer, *_, own=own, replace=replace: replace(layer, *own[layer])):
-                changed = model(input_ids=ids, use_cache=False).logits[0]
-            sums += _sums(base, changed, ids[0].to(base.device))
+            sums += _read_twice(model, spec, input_ids, replace)
             num_samples += 1
-            num_tokens += ids.shape[1]
-            num_predicted += ids.shape[1] - 1
+            num_tokens += len(input_ids)
+            num_predicted += len(input_ids) - 1
     if num_predicted == 0:
         raise ValueError(
             f"gate: got {num_samples} samples of {num_tokens} tokens, expected one of two tokens or more, so that there is a "
@@ -164,6 +158,21 @@ def _compare(
         perplexity_change=math.expm1(min((changed_nll - base_nll) / num_predicted, 700.0)),
         top1_agreement=float(agreement) / num_tokens,
     )
+
+
+def _read_twice(model: Any, spec: KVSpec, input_ids: Int[np.ndarray, " token"], replace: Replace) -> np.ndarray:
+    """Sums of one sequence; its own keys and values of all layers are kept on the device between the two forwards."""
+    ids = _batch_of_one(model, input_ids)
+    with KVTap(model, spec) as tap:
+        base = model(input_ids=ids, use_cache=False).logits[0]
+    own = tap.kv
+    with substituted(model, spec, lambda layer, *_: replace(layer, *own[layer])):
+        changed = model(input_ids=ids, use_cache=False).logits[0]
+    return _sums(base, changed, ids[0].to(base.device))
+
+
+def _batch_of_one(model: Any, input_ids: Int[np.ndarray, " token"]) -> Int[Tensor, "1 token"]:
+    return torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
 
 
 def _sums(
@@ -242,9 +251,8 @@ def self_calibrated(
         for kind in KINDS
     }
     for input_ids in sequences:
-        ids = torch.from_numpy(np.asarray(input_ids, dtype=np.int64))[None].to(model.device)
         wanted = calibration_mask([len(input_ids)])
-        for layer, kv in capture_kv(model, spec, ids, layers=layers).items():
+        for layer, kv in capture_kv(model, spec, _batch_of_one(model, input_ids), layers=layers).items():
             for kind, values in zip(KINDS, kv, strict=True):
                 moments[layer, kind].add(values[0].transpose(0, 1).float().cpu().numpy()[wanted])
     fits: dict[tuple[int, Kind], Fit] = {}
