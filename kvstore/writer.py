@@ -34,6 +34,7 @@ from kvstore.calibration import Calibration, Channel, channels_of
 from kvstore.codec import KINDS, Kind, Values
 from kvstore.commits import Commit, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
 from kvstore.errors import CodecError, CorruptShardError, StoreFormatError, StoreWriteError
+from kvstore.gate import write_gate
 from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, SAMPLES, TOKENIZER, Group, Manifest, write_manifest
 from kvstore.records import bytes_sha256
 from kvstore.storage import STAGING, Storage
@@ -42,12 +43,19 @@ _OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE}
 _CREATING = f"{STAGING}/creating"
 
 
-def create_store(storage: Storage, manifest: Manifest, calibration: Calibration, tokenizer: Path | None = None) -> Manifest:
+def create_store(
+    storage: Storage,
+    manifest: Manifest,
+    calibration: Calibration,
+    tokenizer: Path | None = None,
+    gate: Mapping[str, Any] | None = None,
+) -> Manifest:
     """Lay out an empty store: arrays and tokenizer first, the manifest last, so that a crash leaves no store at all.
 
     Args:
         manifest: fingerprints of what is laid out here are filled in.
         tokenizer: folder of tokenizer files to keep in the store.
+        gate: result of the gate run that this codec passed.
 
     Raises:
         StoreFormatError: there is something that is not the beginning of a store.
@@ -77,6 +85,8 @@ def create_store(storage: Storage, manifest: Manifest, calibration: Calibration,
         content = file.read_bytes()
         kept[file.name] = bytes_sha256(content)
         storage.write(f"{TOKENIZER}/{file.name}", content, replace=True)
+    if gate is not None:
+        write_gate(storage, "before", gate)
     manifest = dataclasses.replace(manifest, metadata=metadata, tokenizer=kept)
     write_manifest(storage, manifest)
     storage.delete(_CREATING)

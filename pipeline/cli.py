@@ -63,6 +63,9 @@ def cli() -> None:
 @click.option("--limit", type=int, help="Most samples to store.")
 @click.option("--max-tokens", type=int, help="Most tokens to store; 0 for no limit [presets: 1,000,000].")
 @click.option("--max-bytes", type=int, help="Begin no shard that could take the store beyond this.")
+@click.option(
+    "--accept-fidelity", is_flag=True, default=None, help="Store even if the codec changes the teacher's predictions."
+)
 @click.option("--append", is_flag=True, default=None, help="Add this data to the store at --out as a new part.")
 @click.option("--task-range", metavar="N/M", help="Do the N-th of M equal parts of the work, for job arrays without a cluster.")
 @click.option("--calibration", metavar="STORE", help="Use another store's means and steps, so that the two can be merged.")

@@ -8,9 +8,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
+
+
+Location = Annotated[str, pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A folder, or `s3://bucket/prefix`, as `kvstore.storage.locate` takes it; a Path would lose the second slash."""
 
 
 class ExtractConfig(pydantic.BaseModel):
@@ -22,7 +26,7 @@ class ExtractConfig(pydantic.BaseModel):
     """Preset name, Hugging Face id, or a local folder with safetensors."""
     data: tuple[str, ...] = ()
     """Text files or globs, .jsonl/.parquet files, a `datasets` folder, or a hub id as 'org/name' or 'org/name:config'."""
-    out: str | None = None
+    out: Location | None = None
     """Where the store goes: a folder, or `s3://bucket/prefix`; a preset names a default."""
     student: str | None = None
     """Preset, id, folder or config file of a student: bakes its alignment, so the store is smaller and fits only it."""
@@ -56,8 +60,12 @@ class ExtractConfig(pydantic.BaseModel):
     """Add this data to the store that is there, as a new part; without it other data is refused."""
     task_range: str | None = pydantic.Field(None, pattern=r"^\d+/\d+$")
     """`3/8` does the third of eight equal runs of shards: for job arrays, each of which runs the same command with its own N."""
-    calibration: str | None = None
+    calibration: Location | None = None
     """Another store whose means and steps to use instead of measuring them, so that the two can be merged."""
+    max_kl: float = pydantic.Field(0.01, ge=0.0)
+    """Largest change of the teacher's predictions by the codec, KL in nats per token; 0.01 is far below what a seed changes."""
+    accept_fidelity: bool = False
+    """Store even where the codec changes the teacher's predictions by more than `max_kl`."""
     max_bytes: int | None = pydantic.Field(None, ge=1)
     """No further shard is begun when the store could grow beyond this."""
     revision: str | None = None

@@ -34,8 +34,11 @@ class Executor(Protocol):
     def calibrate(self, job: Job, tasks: Sequence[Task]) -> Iterator[tuple[int, Moments]]:
         """Moments of every task, by shard."""
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[TaskResult]:
-        """Compute and commit every task."""
+    def run(self, job: Job, tasks: Sequence[Task], replace: bool = False) -> Iterator[TaskResult]:
+        """Compute and commit every task, over commits that are there only with `replace`."""
+
+    def ask(self, question: str, *arguments: Any) -> Any:
+        """Have one worker answer: the result of its method of that name."""
 
     def close(self) -> None:
         """End all workers."""
@@ -54,9 +57,12 @@ class SerialExecutor:
         for task in tasks:
             yield task.shard, self._worker.calibrate(job, task)
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+    def run(self, job: Job, tasks: Sequence[Task], replace: bool = False) -> Iterator[TaskResult]:
         for task in tasks:
-            yield self._worker.run(job, task)
+            yield self._worker.run(job, task, replace)
+
+    def ask(self, question: str, *arguments: Any) -> Any:
+        return getattr(self._worker, question)(*arguments)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -128,9 +134,12 @@ class RayExecutor:
             self._owned[task.shard] = actor
             yield task.shard, moments
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[TaskResult]:
-        for _, _, result in self._schedule(tasks, lambda actor, task: actor.run.remote(job, task)):
+    def run(self, job: Job, tasks: Sequence[Task], replace: bool = False) -> Iterator[TaskResult]:
+        for _, _, result in self._schedule(tasks, lambda actor, task: actor.run.remote(job, task, replace)):
             yield result
+
+    def ask(self, question: str, *arguments: Any) -> Any:
+        return self._get(getattr(self._idle[0], question).remote(*arguments), question)
 
     def close(self) -> None:
         if self._started:
@@ -148,7 +157,7 @@ class RayExecutor:
             raise ExecutorError(f"{doing}: no answer from Ray within {_READY_TIMEOUT_S:.0f} s; see 'ray status'") from error
         except RayError as error:
             raise ExecutorError(
-                f"{doing}: a worker was lost ({type(error).__name__}); is there enough memory for it?"
+                f"{doing}: a worker was lost ({str(error).splitlines()[0]}); is there enough memory for it?"
             ) from error
 
     def _schedule(self, tasks: Sequence[Task], start: Callable[[Any, Task], Any]) -> Iterator[tuple[Any, Task, Any]]:

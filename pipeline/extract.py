@@ -25,6 +25,7 @@ from kvstore.arrays import read_calibration
 from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, Codec, format_codecs, parse_codecs
 from kvstore.commits import committed_shards
+from kvstore.gate import read_gate, write_gate
 from kvstore.lease import LAYOUT, lease
 from kvstore.manifest import Group, Manifest, plan_groups, read_manifest, refuse_mismatch
 from kvstore.samples import compact
@@ -35,6 +36,7 @@ from pipeline.align import Alignment, default_student_layers
 from pipeline.config import ExtractConfig
 from pipeline.data import Sample, make_samples, read_documents, shuffled
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
+from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record, signal_record
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
@@ -99,6 +101,7 @@ def extract(
         FingerprintMismatchError: the store at `out` was made with other settings; nothing was written.
         LeaseHeldError: another extraction is writing the same shards.
         CodecError: the teacher gave values that cannot be stored.
+        FidelityError: the codec changes the teacher's predictions too much.
         StoreWriteError: the disk or bucket refused.
     """
     started = time.perf_counter()
@@ -128,9 +131,10 @@ def extract(
         tasks = [part.tasks[index] for index in chosen]
         with lease(run.storage, part.first_shard + chosen.start, part.first_shard + chosen.stop, "kvpipe extract"):
             results, seconds = _run_tasks(run, executor, signal.job, tasks)
+        compact(run.storage)
+        _gate_after(run, signal, executor)
     finally:
         executor.close()
-    compact(run.storage)
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
 
 
@@ -270,10 +274,62 @@ def _create(run: _Run, signal: _Signal, executor: Executor) -> Part:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         kvpipe_version=importlib.metadata.version("kvpipe"),
     )
+    gate = _gate_before(run, signal, executor, calibration)
     with tempfile.TemporaryDirectory() as folder:
         run.tokenizer.save_pretrained(folder)
-        create_store(run.storage, manifest, calibration, Path(folder))
+        create_store(run.storage, manifest, calibration, Path(folder), gate)
     return part
+
+
+def _gate_before(run: _Run, signal: _Signal, executor: Executor, calibration: Calibration) -> dict[str, Any] | None:
+    """Try the codec on the teacher itself before anything is stored; None where nothing is quantised.
+
+    Raises:
+        FidelityError: its predictions change too much; the message names a codec with which they do not.
+    """
+    if not calibration:
+        return None
+    chosen = gate_sequences([len(sample.input_ids) for sample in run.samples])
+    sequences = tuple(run.samples[index].input_ids for index in chosen)
+    codec = format_codecs(signal.codecs)
+    result: GateResult = executor.ask("gate", signal.job, sequences, codec, calibration)
+    alternatives: list[GateResult] = []
+    if not result.passes(run.config.max_kl) and not run.config.accept_fidelity:
+        for finer in finer_codecs(codec):
+            alternatives.append(executor.ask("gate", signal.job, sequences, finer, None))
+            if alternatives[-1].passes(run.config.max_kl):
+                break
+    return _judge(run, "gate", result, alternatives)
+
+
+def _gate_after(run: _Run, signal: _Signal, executor: Executor) -> None:
+    """When the store is complete, let the teacher read over what lies on disk."""
+    store = Store(run.storage)
+    recorded = read_gate(run.storage).get("after")
+    parts = len(store.manifest.data["parts"])
+    if len(store.samples.summary) < store.manifest.layout.num_shards or (recorded and recorded["parts"] == parts):
+        return
+    chosen = tuple(gate_sequences(store.samples.num_tokens.tolist()))
+    if signal.job.alignment is None:
+        result: GateResult = executor.ask("gate_stored", signal.job, chosen)
+    else:
+        sequences = tuple(store.read([index], layers=()).input_ids for index in chosen)
+        result = executor.ask("gate", signal.job, sequences, format_codecs(signal.codecs), None)
+    record = {**result.to_json(), "passed": result.passes(run.config.max_kl), "limit": run.config.max_kl, "parts": parts}
+    write_gate(run.storage, "after", record)
+    _judge(run, "gate on what is stored", result, [])
+
+
+def _judge(run: _Run, what: str, result: GateResult, alternatives: list[GateResult]) -> dict[str, Any]:
+    passed = result.passes(run.config.max_kl)
+    if not passed and not run.config.accept_fidelity:
+        raise FidelityError(f"{what}: {verdict(result, run.config.max_kl, alternatives)}")
+    run.say(
+        f"{what}: codec {result.codec} changes the teacher's predictions by KL {result.kl:.2g} nats per token, perplexity "
+        f"{100 * result.perplexity_change:+.2f} %, top-1 agreement {result.top1_agreement:.3f} ({result.num_tokens:,} tokens)"
+        + ("" if passed else f"; more than {run.config.max_kl:g}, accepted by --accept-fidelity")
+    )
+    return {**result.to_json(), "passed": passed, "limit": run.config.max_kl}
 
 
 def _calibration(run: _Run, signal: _Signal, executor: Executor, part: Part) -> Calibration:

@@ -55,7 +55,9 @@ def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]
     teacher = resolved.id_or_path if resolved.preset is None else config.teacher
     data = tuple(_absolute(part) for part in config.data)
     settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
-    return settings.model_dump(mode="json", exclude={"out", "append", "task_range", "workers", "ray_address", "device"})
+    return settings.model_dump(
+        mode="json", exclude={"out", "append", "accept_fidelity", "task_range", "workers", "ray_address", "device"}
+    )
 
 
 def _absolute(part: str) -> str:

@@ -16,14 +16,16 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from kvstore import open_store
 from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration, ChannelMoments, calibration_mask
-from kvstore.codec import KINDS, Kind
+from kvstore.codec import KINDS, Kind, format_codecs, parse_codecs
 from kvstore.manifest import Manifest, read_manifest
 from kvstore.spec import KVSpec
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment
+from pipeline.gate import GateResult, codec_round_trip, run_gate, run_stored_gate, self_calibrated, stored_calibration
 from pipeline.models.capture import capture_kv
 from pipeline.models.load import load_causal_lm
 from pipeline.models.probe import length_dependent_rope, probe_causal, probe_kv_spec
@@ -144,6 +146,42 @@ class Worker:
             compute_s=computed - started,
             write_s=time.perf_counter() - computed,
         )
+
+    def gate(self, job: Job, sequences: tuple[np.ndarray, ...], codec: str, calibration: Calibration | None) -> GateResult:
+        """Measure how this codec changes what the teacher predicts, before anything is stored.
+
+        Args:
+            codec: as `parse_codecs` reads it, over the teacher layers of the job; any, not only the one to be stored.
+            calibration: what was fitted for this very codec; None fits on the sequences themselves. Not used where an alignment
+                is baked: it then belongs to the student's geometry.
+        """
+        codecs = parse_codecs(codec, job.layers)
+        if job.alignment is None and calibration is not None:
+            fits = stored_calibration(self._spec.select(job.layers), codecs, calibration)
+        else:
+            fits = self_calibrated(self._model, self._spec, sequences, codecs, job.layers)
+        return run_gate(
+            self._model,
+            self._spec,
+            sequences,
+            codec_round_trip(codecs, lambda layer, kind: fits[layer, kind]),
+            layers=job.layers,
+            codec=format_codecs(codecs),
+            geometry="stored" if job.alignment is None else "teacher's, before projection",
+        )
+
+    def gate_stored(self, job: Job, sample_indices: tuple[int, ...]) -> GateResult:
+        """Measure the same with what lies on disk: it still is what the teacher produces, up to the codec.
+
+        Raises:
+            ValueError: the store is baked, so the teacher cannot read what it holds.
+        """
+        if job.alignment is not None:
+            raise ValueError(
+                f"gate: {job.store} holds keys and values in a student's geometry, which the teacher cannot attend over; gate "
+                "baked stores before they are written"
+            )
+        return run_stored_gate(self._model, self._spec, open_store(job.store), sample_indices, job.layers)
 
     def _stored_spec(self, job: Job) -> KVSpec:
         return self._spec.select(job.layers) if job.alignment is None else Alignment.from_json(job.alignment).stored_spec()

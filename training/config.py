@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -16,7 +17,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    store: str
+    store: Location
     """The store to train from: a folder, or `s3://bucket/prefix`."""
     student: str
     """Student: a TOML file or preset of configs/students (fresh weights), or a model folder or hub name (pretrained)."""

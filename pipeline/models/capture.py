@@ -27,9 +27,10 @@ CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 KeyValue = tuple[Float[Tensor, "batch kv_head token key_dim"], Float[Tensor, "batch kv_head token value_dim"]]
 OnLayer = Callable[[int, Tensor, Tensor], None]
-_Rotation = tuple[RotaryTables, RopeSpec]
-Sink = Callable[[int, Tensor, Tensor, object], None]
-"""Called with layer number, key, value and the `position_embeddings` the attention module was given."""
+Rotation = tuple[RotaryTables, RopeSpec]
+Sink = Callable[[int, Tensor, Tensor, object], KeyValue | None]
+"""Called with layer number, key, value and the `position_embeddings` the attention module was given; a key and value it
+returns are what that attention then uses."""
 
 
 class CaptureError(ValueError):
@@ -78,14 +79,14 @@ def attention_modules(model: nn.Module) -> dict[int, AttentionModule]:
 
 
 class _PassThroughCache:
-    """What one attention call sees as its cache: it reports K and V and gives them back unchanged."""
+    """What one attention call sees as its cache: it reports K and V and gives them back, or what the sink has for them."""
 
-    def __init__(self, record: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, record: Callable[[Tensor, Tensor], KeyValue | None]) -> None:
         self._record = record
 
     def update(self, key: Tensor, value: Tensor, *_args: object, **_kwargs: object) -> tuple[Tensor, Tensor]:
-        self._record(key, value)
-        return key, value
+        replaced = self._record(key, value)
+        return (key, value) if replaced is None else replaced
 
     def get_seq_length(self, *_args: object) -> int:
         return 0
@@ -121,6 +122,54 @@ def _injector(attention: AttentionModule, sink: Sink) -> Callable[..., tuple[tup
     return inject
 
 
+def modules_of(model: nn.Module, spec: KVSpec) -> list[AttentionModule]:
+    """The attention modules of the layers of a spec.
+
+    Raises:
+        CaptureError: the model has no such layer.
+    """
+    known = attention_modules(model)
+    if missing := [number for number in spec.layer_numbers if number not in known]:
+        raise CaptureError(
+            f"{type(model).__name__}: layers {format_layers(missing)} of the spec have no attention module here; the "
+            f"model has layers {format_layers(known)}. Was the spec probed on another model?"
+        )
+    return [known[number] for number in spec.layer_numbers]
+
+
+class Rotations:
+    """How the keys of each layer were rotated in the forward that is running; to be cleared before the next."""
+
+    def __init__(self, model: nn.Module, spec: KVSpec) -> None:
+        self._model = type(model).__name__
+        self._spec = spec
+        self._tables: dict[int, tuple[object, RotaryTables]] = {}
+
+    def clear(self) -> None:
+        self._tables.clear()
+
+    def of(self, layer: int, position_embeddings: object) -> Rotation | None:
+        """What turns a key of the spec's domain into the one attention uses; None where they are the same.
+
+        Raises:
+            CaptureError: the spec says the layer rotates its keys, but this is no such table.
+        """
+        rope = self._spec.rope_of(layer) if self._spec.key_domain == "pre_rope" else None
+        if rope is None:
+            return None
+        # Layers share one object per forward; comparing its halves costs a device synchronisation, so do it once.
+        known = self._tables.get(id(position_embeddings))
+        if known is None:
+            tables = rotary_tables(position_embeddings, rope.rotary_dim // 2)
+            if tables is None:
+                raise CaptureError(
+                    f"{self._model}: layer {layer} was given no rotary table of {rope.rotary_dim // 2} "
+                    "frequencies, expected one as its spec says. Was the spec probed on another model?"
+                )
+            known = self._tables[id(position_embeddings)] = (position_embeddings, tables)
+        return known[1], rope
+
+
 class KVTap:
     """Context manager that captures keys and values of each forward of `model` run inside it.
 
@@ -147,15 +196,9 @@ class KVTap:
         self._spec = spec.select(spec.layer_numbers if layers is None else layers)
         self._on_layer = on_layer
         self._stop = stop
-        known = attention_modules(model)
-        if missing := [number for number in self._spec.layer_numbers if number not in known]:
-            raise CaptureError(
-                f"{type(model).__name__}: layers {format_layers(missing)} of the spec have no attention module here; the "
-                f"model has layers {format_layers(known)}. Was the spec probed on another model?"
-            )
-        self._modules = [known[number] for number in self._spec.layer_numbers]
-        self._seen: dict[int, tuple[Tensor, Tensor, _Rotation | None] | None] = {}
-        self._tables: dict[int, tuple[object, RotaryTables]] = {}
+        self._modules = modules_of(model, self._spec)
+        self._seen: dict[int, tuple[Tensor, Tensor, Rotation | None] | None] = {}
+        self._rotations = Rotations(model, self._spec)
         self._running = False
         self._wants_grad = False
         self._hooks = contextlib.ExitStack()
@@ -174,7 +217,7 @@ class KVTap:
     def _begin(self, _model: nn.Module, _args: object) -> None:
         self.kv = {}
         self._seen.clear()
-        self._tables.clear()
+        self._rotations.clear()
         self._running = True
         self._wants_grad = torch.is_grad_enabled()
 
@@ -183,7 +226,7 @@ class KVTap:
         if not self._running:
             return
         self._validate(layer, key, value)
-        rotation = self._rotation_to_undo(layer, position_embeddings)
+        rotation = self._rotations.of(layer, position_embeddings)
         if self._on_layer is None:
             # Un-rotation waits for the end of the forward: inside a checkpointed layer, operations that its
             # recomputation does not repeat would make torch reject the backward pass.
@@ -218,22 +261,6 @@ class KVTap:
                 f"{expected.geometry} as the spec says. Was the spec probed on another model?"
             )
 
-    def _rotation_to_undo(self, layer: int, position_embeddings: object) -> _Rotation | None:
-        rope = self._spec.rope_of(layer) if self._spec.key_domain == "pre_rope" else None
-        if rope is None:
-            return None
-        # Layers share one object per forward; comparing its halves costs a device synchronisation, so do it once.
-        known = self._tables.get(id(position_embeddings))
-        if known is None:
-            tables = rotary_tables(position_embeddings, rope.rotary_dim // 2)
-            if tables is None:
-                raise CaptureError(
-                    f"{type(self._model).__name__}: layer {layer} was given no rotary table of {rope.rotary_dim // 2} "
-                    "frequencies, expected one as its spec says. Was the spec probed on another model?"
-                )
-            known = self._tables[id(position_embeddings)] = (position_embeddings, tables)
-        return known[1], rope
-
     def _finish(self, _model: nn.Module, _args: object, _output: object) -> None:
         if missing := [number for number in self._spec.layer_numbers if number not in self._seen]:
             raise CaptureError(f"{type(self._model).__name__}: layers {format_layers(missing)} gave no keys and values")
@@ -246,10 +273,10 @@ class KVTap:
                 key, value, rotation = seen
                 self.kv[layer] = (_without(rotation, key), value)
         self._seen.clear()
-        self._tables.clear()
+        self._rotations.clear()
 
 
-def _without(rotation: _Rotation | None, key: Tensor) -> Tensor:
+def _without(rotation: Rotation | None, key: Tensor) -> Tensor:
     return key if rotation is None else unrotate(key, *rotation)
 
 

@@ -1,4 +1,4 @@
-"""Undoing a rotary position embedding (Su et al., arXiv 2104.09864) with the cosines and sines a model itself used.
+"""Undoing and redoing a rotary position embedding (arXiv 2104.09864) with the cosines and sines a model itself used.
 
 Knows neither models nor positions: tables come from the attention module's call, the convention from a `RopeSpec`.
 """
@@ -51,19 +51,27 @@ def unrotate(
     The inverse of `(x1 c - x2 s, x2 c + x1 s)` is `(y1 c + y2 s, y2 c - y1 s) / (c^2 + s^2)`; the division also undoes
     YaRN's scaling of the tables and their rounding to the model's dtype.
     """
+    cos, sin = tables
+    norm = cos.square() + sin.square()
+    # The inverse is the rotation by the opposite angle, and shorter tables undo the length of these.
+    return rotate(key, (cos / norm, -sin / norm), rope)
+
+
+def rotate(
+    key: Float[Tensor, "batch kv_head token dim"], tables: RotaryTables, rope: RopeSpec
+) -> Float[Tensor, "batch kv_head token dim"]:
+    """Return keys as the attention uses them, `(x1 c - x2 s, x2 c + x1 s)`; in float32, rounded once to the dtype of `key`."""
     # A model spread over devices gets its tables moved after our hook has seen them.
     cos, sin = (table.unsqueeze(1).to(key.device) for table in tables)
-    norm = cos.square() + sin.square()
-    cos, sin = cos / norm, sin / norm
     stop = rope.start + rope.rotary_dim
-    rotated = key[..., rope.start : stop].float()
+    turning = key[..., rope.start : stop].float()
     if rope.kind == "half":
-        y1, y2 = rotated.chunk(2, dim=-1)
-        restored = torch.cat([y1 * cos + y2 * sin, y2 * cos - y1 * sin], dim=-1)
+        x1, x2 = turning.chunk(2, dim=-1)
+        rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
     else:
-        y1, y2 = rotated[..., 0::2], rotated[..., 1::2]
-        restored = torch.stack([y1 * cos + y2 * sin, y2 * cos - y1 * sin], dim=-1).flatten(-2)
-    restored = restored.to(key.dtype)
+        x1, x2 = turning[..., 0::2], turning[..., 1::2]
+        rotated = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(-2)
+    rotated = rotated.to(key.dtype)
     if rope.rotary_dim == key.shape[-1]:
-        return restored
-    return torch.cat([key[..., : rope.start], restored, key[..., stop:]], dim=-1)
+        return rotated
+    return torch.cat([key[..., : rope.start], rotated, key[..., stop:]], dim=-1)

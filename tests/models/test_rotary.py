@@ -1,4 +1,4 @@
-"""Undoing a rotation, whatever form the model's tables have."""
+"""Undoing and redoing a rotation, whatever form the model's tables have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvstore.spec import RopeKind, RopeSpec
-from pipeline.models.rotary import rotary_tables, unrotate
+from pipeline.models.rotary import rotary_tables, rotate, unrotate
 
 FREQUENCIES = (1.0, 0.3, 0.1, 0.01)
 ANGLES = torch.arange(7.0)[None, :, None] * torch.tensor(FREQUENCIES)
@@ -64,7 +64,7 @@ def test_what_is_no_table_of_these_frequencies_is_none(embeddings: object) -> No
         pytest.param("interleaved", 2, [(2, 3), (4, 5), (6, 7), (8, 9)], id="interleaved-in-the-middle"),
     ],
 )
-def test_unrotate_inverts_the_rotation_written_out(
+def test_rotate_is_the_rotation_written_out_and_unrotate_its_inverse(
     kind: RopeKind, start: int, pairs: list[tuple[int, int]], scaling: float
 ) -> None:
     key = torch.randn(2, 3, 7, 12, generator=torch.Generator().manual_seed(0))
@@ -74,6 +74,9 @@ def test_unrotate_inverts_the_rotation_written_out(
         rotated[..., first] = scaling * (key[..., first] * angle.cos() - key[..., second] * angle.sin())
         rotated[..., second] = scaling * (key[..., second] * angle.cos() + key[..., first] * angle.sin())
     rope = RopeSpec(kind=kind, inv_freq=FREQUENCIES, start=start, attention_scaling=scaling)
-    restored = unrotate(rotated, (ANGLES.cos() * scaling, ANGLES.sin() * scaling), rope)
-    torch.testing.assert_close(restored, key, rtol=1e-5, atol=1e-6)
-    assert unrotate(rotated.bfloat16(), (ANGLES.cos(), ANGLES.sin()), rope).dtype == torch.bfloat16
+    tables = ANGLES.cos() * scaling, ANGLES.sin() * scaling
+    torch.testing.assert_close(unrotate(rotated, tables, rope), key, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rotate(key, tables, rope), rotated, rtol=1e-5, atol=1e-6)
+    coarse = key.bfloat16()
+    assert unrotate(coarse, tables, rope).dtype == torch.bfloat16
+    assert torch.equal(rotate(coarse, tables, rope), rotate(coarse.float(), tables, rope).bfloat16()), "rounded once"

@@ -352,4 +352,4 @@ def test_a_summary_says_what_is_stored(teacher: Path, corpus: Path, tmp_path: Pa
     )
     assert summary.stored_bytes == on_disk - constants
     assert json.dumps(dataclasses.asdict(summary), default=str)
-    assert (summary.out / "tokenizer").is_dir()
+    assert (Path(summary.out) / "tokenizer").is_dir()
