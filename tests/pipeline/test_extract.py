@@ -53,7 +53,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(teacher: Path, corpus: Path, out: Path, **settings: Any) -> ExtractSummary:
     config = ExtractConfig(
-        teacher=str(teacher), data=(str(corpus),), out=out, **{"seq_len": 200, "batch_tokens": BATCH_TOKENS, **settings}
+        teacher=str(teacher),
+        data=(str(corpus),),
+        out=out,
+        **{"seq_len": 200, "batch_tokens": BATCH_TOKENS, "accept_fidelity": True, **settings},
     )
     return extract(config, resolve_model(config.teacher), say=lambda _: None)
 
@@ -61,7 +64,7 @@ def run(teacher: Path, corpus: Path, out: Path, **settings: Any) -> ExtractSumma
 def command(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
     return [
         *(sys.executable, "-m", "pipeline.cli", "extract", "--teacher", str(teacher), "--data", str(corpus), "--out", str(out)),
-        *("--seq-len", "200", "--batch-tokens", str(BATCH_TOKENS), *more),
+        *("--seq-len", "200", "--batch-tokens", str(BATCH_TOKENS), "--accept-fidelity", *more),
     ]
 
 
@@ -219,7 +222,13 @@ def test_baking_that_would_not_shrink_the_store_is_recorded_instead(teacher: Pat
     student = save_checkpoint(tmp_path / "student", "qwen2", num_key_value_heads=4, num_hidden_layers=2)
     said: list[str] = []
     config = ExtractConfig(
-        teacher=str(teacher), data=(str(corpus),), out=tmp_path / "store", student=str(student), limit=4, seq_len=200
+        teacher=str(teacher),
+        data=(str(corpus),),
+        out=tmp_path / "store",
+        student=str(student),
+        limit=4,
+        seq_len=200,
+        accept_fidelity=True,
     )
     extract(config, resolve_model(config.teacher), say=said.append)
     assert any("would not make the store smaller" in text for text in said)
@@ -287,7 +296,13 @@ def test_a_killed_ray_worker_is_replaced_and_nothing_is_lost(
             workers[0].send_signal(signal.SIGKILL)
 
     config = ExtractConfig(
-        teacher=str(teacher), data=(str(corpus),), out=tmp_path / "ray", seq_len=200, batch_tokens=BATCH_TOKENS, workers=2
+        teacher=str(teacher),
+        data=(str(corpus),),
+        out=tmp_path / "ray",
+        seq_len=200,
+        batch_tokens=BATCH_TOKENS,
+        workers=2,
+        accept_fidelity=True,
     )
     extract(config, resolve_model(config.teacher), say=say)
     assert killed
