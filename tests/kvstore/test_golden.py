@@ -70,7 +70,12 @@ def test_todays_writer_stores_the_same_codes(name: str, rewritten: Path) -> None
         if isinstance(array, zarr.Array):
             again = new[path]
             assert isinstance(again, zarr.Array)
-            assert (again.dtype, again.shape, again.chunks, again.shards) == (array.dtype, array.shape, array.chunks, array.shards)
+            assert (again.dtype, again.shape, again.chunks, again.shards) == (
+                array.dtype,
+                array.shape,
+                array.chunks,
+                array.shards,
+            )
             assert np.asarray(again[...]).tobytes() == np.asarray(array[...]).tobytes(), path
 
 

@@ -93,7 +93,7 @@ def with_xarray(path: Path) -> Arrays:
             code = data[kind]
         assert code.dims == ("token", "kv_head", f"{kind}_dim")
         if code.dtype == np.uint16:
-            code = (code.astype("uint32") << 16).copy(data=(code.astype("uint32") << 16).values.view(np.float32))
+            code = code.copy(data=(code.values.astype(np.uint32) << 16).view(np.float32))
         if code.dtype == np.uint8:
             code = code.copy(data=code.values.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
         values = code * data[f"{kind}_step"] + data[f"{kind}_mean"] if f"{kind}_step" in data else code
