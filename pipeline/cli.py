@@ -51,7 +51,7 @@ def cli() -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the store; run again to resume.")
 @click.option("--student", help="Bake the alignment to this student: preset, id, folder or config file.")
 @click.option("--layers", help="'all' or a list like 0,4,8-11 or -1. Student layers when --student is given.")
-@click.option("--codec", help="raw, q8 or mix (default): about 12, 6.5, 3.6 bits per value.")
+@click.option("--codec", help="raw, q8, fp8, q8z, mix (default), q4z or q4z-min; by layer: mix,0=raw.")
 @click.option("--seq-len", type=int, help="Longest sample in tokens [2048].")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [8192].")
 @click.option("--dtype", help="float32, float16, bfloat16 or auto, the checkpoint's own [auto].")
