@@ -29,12 +29,14 @@ wheel: $(READY)
 	$(BIN)/python -m build --wheel
 
 # torch comes first, by its pin: resolved later, pip could fetch a build with gigabytes of CUDA libraries.
-$(READY): pyproject.toml constraints.txt
+# node and npm come from a wheel; they serve one test, that zarrita reads a store.
+$(READY): pyproject.toml constraints.txt tests/readers/package-lock.json
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvpipe needs Python 3.11 or newer; set PYTHON=/path/to/it" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/npm ci --prefix tests/readers --loglevel error --no-audit --no-fund
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis kvpipe-demo
+	rm -rf $(VENV) tests/readers/node_modules dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis kvpipe-demo

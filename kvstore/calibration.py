@@ -93,7 +93,8 @@ def fit_quantizer(quantizer: Quantizer, moments: ChannelMoments) -> tuple[Channe
         reach = _INT8_REACH_HEAVY if moments.kurtosis() > _HEAVY_KURTOSIS else _INT8_REACH
         floor = reach * sigma_c / INT8_MAX if quantizer.form == "int8" else _NIBBLE_REACH * sigma_c / -NIBBLE_MIN
         step = np.maximum(quantizer.step_sigmas * sigma, floor)
-    step[step == 0] = 1.0  # a channel without any variance: every code is 0 and decodes to the mean exactly
+    # A channel without variance, or with less than float32 can divide by: every code is 0 and decodes to the mean.
+    step[step < np.finfo(np.float32).tiny] = 1.0
     return moments.mean().astype(np.float32), step.astype(np.float32)
 
 

@@ -126,7 +126,7 @@ def parse_codecs(text: str, layers: Iterable[int]) -> dict[int, Codec]:
         try:
             if not equals:
                 raise ValueError(f"got {exception!r}, expected LAYERS=CODEC after the first comma, as in 'mix,0=raw,24-27=q8'")
-            chosen.update(dict.fromkeys(parse_layers(where, numbers), codec_named(name)))
+            chosen.update(dict.fromkeys(parse_layers(where, numbers), codec_named(name.strip())))
         except ValueError as error:
             raise CodecError(f"codec {text!r}: {error}") from None
     return chosen
@@ -160,7 +160,7 @@ def code_dim(quantizer: Quantizer | None, dim: int) -> int:
 
 
 def encode(quantizer: Quantizer | None, values: Values, mean: Channels | None, step: Channels | None) -> Codes:
-    """Codes of one layer's values, as they lie on disk; `mean` and `step` are None for raw.
+    """Codes as they lie on disk, of one layer or several; `mean` and `step` are None for raw.
 
     Raises:
         CodecError: a value is not finite.
@@ -174,7 +174,7 @@ def encode(quantizer: Quantizer | None, values: Values, mean: Channels | None, s
         return values.view(xp.uint16) if "bfloat16" in str(values.dtype) else values
     assert mean is not None
     assert step is not None
-    scaled = (xp.astype(values, xp.float32) - mean) / step
+    scaled = (xp.astype(values, xp.float32) - mean[..., None, :, :]) / step[..., None, :, :]
     if quantizer.form == "e4m3":
         return _e4m3_bits(xp.clip(scaled, -E4M3_MAX, E4M3_MAX))
     if quantizer.form == "int8":

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
+from kvstore.codec import CODECS
 from pipeline.cli import cli
 from tests.stores import random_source, small_spec, write_store
 
@@ -64,6 +65,15 @@ def test_python_in_the_readme_runs_as_written(code: str, tmp_path: Path) -> None
         [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_codec_table_of_the_readme_is_the_codec_ladder() -> None:
+    rows = re.findall(r"^\| `([\w-]+)`.*?\|.*?\|(.*?)\|", README, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(CODECS)
+    for name, bits in rows:
+        number = re.search(r"\d+(\.\d+)?", bits)
+        assert number is not None
+        assert float(number[0]) == CODECS[name].nominal_bits
 
 
 def tree() -> Iterator[str]:
