@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
-
 Location = Annotated[str, pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A folder, or `s3://bucket/prefix`, as `kvstore.storage.locate` takes it; a Path would lose the second slash."""
 

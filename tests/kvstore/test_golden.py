@@ -12,7 +12,7 @@ from kvstore import open_store
 from kvstore.codec import CODECS
 from tests.golden.make import CASES, EXPECTED, GOLDEN, golden_source, write_golden_store
 
-MAX_BYTES = 400_000
+MAX_BYTES = 400 * 1024
 cases = pytest.mark.parametrize("name", CASES)
 
 
