@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,7 @@ import tensorstore as ts
 from jaxtyping import Float32, Int32, Int64
 
 from kvstore import codec as codecs
-from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key
+from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key, unreachable
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
@@ -85,8 +87,8 @@ class Store:
 
     @cached_property
     def _tokenizer_copy(self) -> Path:
-        self._copies = tempfile.TemporaryDirectory(prefix="kvpipe-tokenizer-")
-        folder = Path(self._copies.name)
+        folder = Path(tempfile.mkdtemp(prefix="kvpipe-tokenizer-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name in self.manifest.tokenizer:
             (folder / name).write_bytes(self.storage.read(f"{TOKENIZER}/{name}"))
         return folder
@@ -102,6 +104,7 @@ class Store:
             IndexError: no such sample.
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
+        OSError: the bucket cannot be reached.
         """
         indices = [operator.index(index) for index in sample_indices]
         outside = [index for index in indices if not 0 <= index < len(self)]
@@ -223,8 +226,12 @@ class Store:
                     f"crc32c {actual:#010x}, expected {expected:#010x} ({self.location}); the shard is not the one committed"
                 )
 
-    def _explain(self, error: ValueError, indices: Sequence[int]) -> CorruptShardError:
+    def _explain(self, error: ValueError, indices: Sequence[int]) -> Exception:
         """Name the shards and samples a native read failed on."""
+        if unreachable(error):
+            return OSError(
+                f"{self.location}: reading failed ({error}); the data may be whole, see to the connection and try again"
+            )
         shards = sorted({int(self.samples.shard[index]) for index in indices})
         return CorruptShardError(
             f"shard {', '.join(map(str, shards))}, samples {list(indices)[:8]}: reading failed ({error}) ({self.location}); "
