@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import http.server
 import os
@@ -70,9 +71,14 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def raw_client() -> Any:
     """The vendor's own client, to look past the code under test."""
+    return _raw_client(os.environ["AWS_ENDPOINT_URL"])
+
+
+@functools.lru_cache
+def _raw_client(endpoint: str) -> Any:
     import boto3
 
-    return boto3.client("s3")
+    return boto3.client("s3", endpoint_url=endpoint)
 
 
 def keys_of(bucket: str, prefix: str = "") -> list[str]:
@@ -92,6 +98,7 @@ class Proxy:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
 
             def log_message(self, *args: object) -> None:
                 """Says nothing."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
 from kvstore import CorruptShardError, Store, StoreNotFoundError, open_store
@@ -35,17 +36,21 @@ SETTINGS = ("--seq-len", "128", "--batch-tokens", "512", "--accept-fidelity")
 
 @pytest.fixture(scope="module", autouse=True)
 def _environment(s3_server: str) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # more only fight over such small matrices
         for name, value in environment(s3_server).items():
             patch.setenv(name, value)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     text = "".join(file.read_text() for file in sorted(STDLIB.glob("*.py")))
-    cuts = [*itertools.takewhile(lambda cut: cut < 2_400, itertools.accumulate(itertools.cycle([400, 90, 333, 64, 5])))]
+    cuts = [*itertools.takewhile(lambda cut: cut < 1_300, itertools.accumulate(itertools.cycle([400, 90, 333, 64, 5])))]
     path.write_text("".join(json.dumps({"text": text[first:last]}) + "\n" for first, last in itertools.pairwise([0, *cuts])))
     return path
 
