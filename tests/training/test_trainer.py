@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvstore.errors import CorruptShardError
 from kvstore.reader import KVBatch, Store, open_store
+from kvstore.samples import SampleTable as SampleColumns
 from pipeline.align import Alignment
 from pipeline.models.capture import capture_kv
 from pipeline.models.load import build_student
@@ -37,7 +38,7 @@ STEPS, KV_STEPS, STEPS_PER_EPOCH = 8, 4, 5
 CLOCKS = {"seconds", "loader_wait_s", "peak_rss_bytes"}
 
 
-def settings(store: Path, student: str, out: Path, **over: Any) -> TrainConfig:
+def settings(store: Path | str, student: str, out: Path, **over: Any) -> TrainConfig:
     """Eight steps, the KV loss in four of them; five steps to an epoch, so the run crosses into a second one."""
     fields = {"steps": STEPS, "batch_size": 8, "learning_rate": 6e-3, "log_every": 1, "eval_every": 4, "save_every": 100}
     return TrainConfig(**{"store": store, "student": student, "out": out, "device": "cpu", "threads": 1, **fields, **over})
@@ -256,7 +257,7 @@ def test_a_baked_store_trains_as_the_raw_one_does(
         documents=documents,
         tokenizer=tokenizer_folder,
     )
-    other = run_training(settings(baked.path, student, tmp_path / "run"))
+    other = run_training(settings(baked.location, student, tmp_path / "run"))
     for name in ("loss", "kv_loss", "eval_loss"):
         assert logged(other.out, name) == pytest.approx(logged(plain.out, name), rel=1e-4), name
 
@@ -285,11 +286,14 @@ def counted_store(root: Path, tokenizer: Path, indices: Sequence[int], counts: S
 
 
 def test_a_count_trains_as_so_many_copies_in_the_same_batch_do(
-    counted: TrainSummary, student: str, tokenizer_folder: Path, tmp_path: Path
+    counted: TrainSummary, student: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A store with copies is refused when it is opened; here it is the reference.
+    monkeypatch.setattr(SampleColumns, "ids", property(lambda samples: samples._column("id").to_pylist()))
     copies = [index for index, count in enumerate([*COUNTS, 3, 1]) for _ in range(count)]
     store = counted_store(tmp_path / "kv", tokenizer_folder, copies, [1] * len(copies))
-    other = run_training(counted.config.model_copy(update={"store": store, "out": tmp_path / "run", "batch_size": sum(COUNTS)}))
+    changed = {"store": str(store), "out": tmp_path / "run", "batch_size": sum(COUNTS)}
+    other = run_training(counted.config.model_copy(update=changed))
     assert (other.num_train_samples, counted.num_train_samples) == (sum(COUNTS), len(COUNTS))
     for name in ("loss", "ce", "kv_loss", "kv_key_0", "kv_value_1", "grad_norm", "eval_loss", "eval_nats_per_byte"):
         assert logged(counted.out, name) == pytest.approx(logged(other.out, name), rel=2e-4), name
@@ -353,7 +357,7 @@ def test_resuming_with_another_store_or_map_names_the_fields(
     config = plain.config.model_copy(update={"out": tmp_path / "run", "resume": True})
     other = write_store(tmp_path / "kv", teacher_source(make_texts(44, seed=1)), codec="raw", tokenizer=tokenizer_folder)
     with pytest.raises(ValueError, match=r"store: got .*, expected .*" + plain.store_fingerprint[:8]):
-        run_training(config.model_copy(update={"store": other}))
+        run_training(config.model_copy(update={"store": str(other)}))
     with pytest.raises(ValueError, match=r"(?s)config\.layer_map: got .uniform.*alignment\.layer_map"):
         run_training(config.model_copy(update={"layer_map": "uniform"}))
     assert read_metrics(tmp_path / "run" / METRICS) == read_metrics(plain.out / METRICS), "nothing was touched"
