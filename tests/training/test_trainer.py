@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.models.capture import capture_kv
 from pipeline.models.load import build_student
 from pipeline.models.probe import probe_kv_spec
 from tests.checkpoints import byte_tokenizer, save_checkpoint
-from tests.stores import Source, write_store
+from tests.stores import Source, begin_store, write_shard, write_store
 from tests.training.conftest import make_texts, teacher_source
 from tests.training.test_targets import bake
 from training.config import TrainConfig
@@ -361,6 +361,52 @@ def test_resuming_with_another_store_or_map_names_the_fields(
     with pytest.raises(ValueError, match=r"(?s)config\.layer_map: got .uniform.*alignment\.layer_map"):
         run_training(config.model_copy(update={"layer_map": "uniform"}))
     assert read_metrics(tmp_path / "run" / METRICS) == read_metrics(plain.out / METRICS), "nothing was touched"
+
+
+def test_neither_the_store_nor_a_folder_with_a_model_is_taken_for_a_run(store_path: Path, student: str, tmp_path: Path) -> None:
+    kept = tmp_path / "precious" / "model" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"weeks of work")
+    with pytest.raises(ValueError, match=r"precious holds model/ but no run\.json"):
+        run_training(settings(store_path, student, tmp_path / "precious"))
+    assert kept.read_bytes() == b"weeks of work"
+    with pytest.raises(ValueError, match=r"holds .*manifest\.json.* but no run\.json"):
+        run_training(settings(store_path, student, store_path))
+
+
+def growing_store(root: Path, source: Source, tokenizer: Path) -> Callable[[int], None]:
+    """A store none of whose shards is committed; the function returned commits one."""
+    manifest, calibration, tasks = begin_store(root, source, codec="raw", tokenizer=tokenizer)
+    assert len(tasks) > 4
+    return lambda shard: write_shard(root, source, manifest, calibration, shard, tasks[shard])
+
+
+def test_an_empty_store_is_refused_as_such(source: Source, student: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    growing_store(tmp_path / "kv", source, tokenizer_folder)
+    with pytest.raises(ValueError, match=r"has no samples yet, 0 of \d+ shards are committed; run its 'kvpipe extract'"):
+        run_training(settings(tmp_path / "kv", student, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_that_grew_cannot_continue_a_run_and_the_shards_are_named(
+    source: Source, student: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = growing_store(tmp_path / "kv", source, tokenizer_folder)
+    for shard in range(4):
+        commit(shard)
+    config = settings(tmp_path / "kv", student, tmp_path / "run", steps=2, batch_size=2, save_every=1)
+    summary = run_training(config)
+    planned = open_store(tmp_path / "kv").manifest.layout.num_shards
+    assert f"store: 4 of {planned} shards of {tmp_path / 'kv'} are committed" in capsys.readouterr().err
+    resumed = config.model_copy(update={"resume": True})
+    assert run_training(resumed) == summary
+    commit(4)
+    expected = r'(?s)samples\.num_samples: got \d+, expected \d+.*samples\.shards: got "0-4", expected "0-3"'
+    with pytest.raises(ValueError, match=expected):
+        run_training(resumed)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(ValueError, match=expected):
+        run_training(resumed)
 
 
 def test_a_store_without_a_tokenizer_is_refused(source: Source, student: str, tmp_path: Path) -> None:
