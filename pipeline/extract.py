@@ -26,7 +26,7 @@ from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fin
 from kvstore.codec import KINDS, Codec, format_codecs, parse_codecs
 from kvstore.commits import committed_shards
 from kvstore.gate import read_gate, write_gate
-from kvstore.lease import LAYOUT, lease
+from kvstore.lease import LAYOUT, lease, sweep
 from kvstore.manifest import Group, Manifest, plan_groups, read_manifest, refuse_mismatch
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
@@ -44,6 +44,7 @@ from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, append_part, find_part, first_part, refuse_other_data
 from pipeline.plan import Task, estimate_bytes, task_range
+from pipeline.preflight import existing_folder, refuse_device, refuse_out
 from pipeline.worker import Job, Moments, TaskResult, TeacherInfo, TeacherSource, merge_moments
 
 Say = Callable[[str], None]
@@ -106,6 +107,9 @@ def extract(
     """
     started = time.perf_counter()
     assert config.out is not None
+    storage = locate(config.out)
+    refuse_out(storage)
+    refuse_device(config)
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
@@ -115,7 +119,7 @@ def extract(
     run = _Run(
         config=config,
         resolved=resolved,
-        storage=locate(config.out),
+        storage=storage,
         tokenizer=tokenizer,
         samples=_samples(config, tokenizer, seq_len),
         seq_len=config.seq_len,
@@ -133,6 +137,8 @@ def extract(
             results, seconds = _run_tasks(run, executor, signal.job, tasks)
         compact(run.storage)
         _gate_after(run, signal, executor)
+        if len(committed_shards(storage)) == read_manifest(storage).layout.num_shards:
+            sweep(storage, "kvpipe extract")
     finally:
         executor.close()
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
@@ -226,8 +232,7 @@ def _announce(run: _Run, signal: _Signal) -> None:
     size = estimate_bytes(signal.stored, signal.codecs, tokens)
     free = ""
     if isinstance(run.storage, Folder):
-        existing = next(folder for folder in (run.storage.root, *run.storage.root.absolute().parents) if folder.exists())
-        free = f" ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)"
+        free = f" ({shutil.disk_usage(existing_folder(run.storage.root)).free / 1e9:.0f} GB free)"
     run.say(
         f"{config.teacher}: {len(run.samples):,} samples, {tokens:,} tokens, {len(signal.stored.layers)} layers "
         f"({format_layers(signal.stored.layer_numbers)}), codec {format_codecs(signal.codecs)}: about {size / 1e9:.3g} GB into "
