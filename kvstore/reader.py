@@ -128,7 +128,7 @@ class Store:
             raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.location})")
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
         for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
-            self._verify_objects(shard)
+            self.verify_shard(shard)
         slots = self._slots(wanted)
         try:
             codes, input_ids = self._fetch(indices, slots)
@@ -211,8 +211,12 @@ class Store:
         """Mean and step of every quantised array, by group path and kind; verified against the manifest."""
         return read_calibration(self.storage, self.manifest)
 
-    def _verify_objects(self, shard: int) -> None:
-        """When a shard is first touched, compare its files with its commit record: missing, truncated and foreign ones."""
+    def verify_shard(self, shard: int) -> None:
+        """Compare a shard's files with its commit record without reading them whole; `read` does so when it first touches one.
+
+        Raises:
+            CorruptShardError: a file is missing, truncated or foreign.
+        """
         commit = read_commit(self.storage, shard)
         if commit.signal != self.manifest.signal_fingerprint:
             raise CorruptShardError(

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, UInt32
 
 from kvstore.commits import Commit, committed_shards, merge_fidelity, read_commit
-from kvstore.errors import KVStoreError, StoreFormatError
+from kvstore.errors import KVStoreError, StoreFormatError, StoreWriteError
 from kvstore.manifest import SAMPLES, Manifest, read_manifest
 from kvstore.records import bytes_sha256, canonical_json, fingerprint, read_sealed, write_sealed
 from kvstore.storage import Storage
@@ -60,7 +60,13 @@ def compact(storage: Storage) -> int:
     loose = sorted(committed_shards(storage) - listed)
     if loose:
         commits = [read_commit(storage, shard) for shard in loose]
-        write_tables(storage, rows_of(commits), _summary(commits))
+        try:
+            write_tables(storage, rows_of(commits), _summary(commits))
+        except OSError as error:
+            raise StoreWriteError(
+                f"{SAMPLES}/: writing the sample tables of {storage.location} failed ({error}); mend that (space, permissions, "
+                "connection) and run the same command again: the shards are committed and readable without them"
+            ) from error
     return len(loose)
 
 

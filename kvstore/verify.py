@@ -103,8 +103,8 @@ class _Verification:
         total = sum(stored.size_bytes for commit in commits for stored in commit.objects)
         for commit in commits:
             good = self._objects(manifest, commit, total)
-            if self._deep and good:
-                self._decode(manifest, commit)
+            if self._deep and commit.samples:
+                self._decode(manifest, commit, good)
         return self._report(manifest, commits, self._orphans(manifest, commits, entries, living), living)
 
     def _add(self, part: str, message: str, shard: int | None = None, sample: str | None = None) -> None:
@@ -257,15 +257,21 @@ class _Verification:
             return "its index does not hash to what the record says"
         return None
 
-    def _decode(self, manifest: Manifest, commit: Commit) -> None:
-        """Read every sample of a shard through the codecs, all at once, and one by one where that fails."""
+    def _decode(self, manifest: Manifest, commit: Commit, good: bool) -> None:
+        """Read every sample of a shard through the codecs, all at once, and one by one where that fails.
+
+        Args:
+            good: whether its files are those committed; of others the damaged samples are named, where the files are whole.
+        """
         try:
             store = Store(self._storage, [commit])
+            store.verify_shard(commit.shard)
             blocks = _blocks(manifest.spec)
             for first in range(0, len(store), 16):
                 self._decode_samples(store, list(range(first, min(first + 16, len(store)))), blocks)
         except KVStoreError as error:
-            self._add("shard", f"shard {commit.shard}: {error}", commit.shard)
+            if good:
+                self._add("shard", f"shard {commit.shard}: {error}", commit.shard)
 
     def _decode_samples(self, store: Store, indices: list[int], blocks: list[list[int]]) -> None:
         try:
