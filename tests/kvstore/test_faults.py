@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import pytest
 import zarr
 
 from kvstore import CodecError, KVStoreError, open_store
+from kvstore.commits import SampleRow
 from kvstore.drop import drop_samples, read_dropped
 from kvstore.errors import StoreWriteError
 from kvstore.gate import read_gate, write_gate
@@ -281,7 +283,12 @@ FAULTS = [
         part="commit",
         raises="shard 2: .*commits/00002",
     ),
-    Fault(name="half a commit", damage=lambda store, _: half_record(store), part="commit", raises="shard 2: .*truncated or damaged"),
+    Fault(
+        name="half a commit",
+        damage=lambda store, _: half_record(store),
+        part="commit",
+        raises="shard 2: .*truncated or damaged",
+    ),
     Fault(
         name="bit of a part",
         damage=lambda store, _: flip(table(store, "part"), 60),
@@ -322,7 +329,7 @@ FAULTS = [
         damage=array_json("key", lambda d: d.update(fill_value=1)),
         part="metadata",
         shard=None,
-        raises=rf"key/zarr\.json: .*it was changed",
+        raises=r"key/zarr\.json: .*it was changed",
     ),
     Fault(
         name="codec list in zarr.json",
@@ -387,9 +394,15 @@ FAULTS = [
         shard=None,
         raises=rf"manifest\.json: .*{CHANGED}",
     ),
-    Fault(name="truncated object", damage=on(KEY.format(2), lambda f: rewrite(f, lambda c: c[:-7])), raises="shard 2: .*/2/0/0 has"),
     Fault(
-        name="half an object", damage=on(KEY.format(2), lambda f: rewrite(f, lambda c: c[: len(c) // 2])), raises="shard 2: .* has"
+        name="truncated object",
+        damage=on(KEY.format(2), lambda f: rewrite(f, lambda c: c[:-7])),
+        raises="shard 2: .*/2/0/0 has",
+    ),
+    Fault(
+        name="half an object",
+        damage=on(KEY.format(2), lambda f: rewrite(f, lambda c: c[: len(c) // 2])),
+        raises="shard 2: .* has",
     ),
     Fault(name="empty object", damage=on(KEY.format(2), lambda f: f.write_bytes(b"")), raises="shard 2: .*/2/0/0 has 0 bytes"),
     Fault(name="missing object", damage=on(KEY.format(2), Path.unlink), raises="shard 2: .*/2/0/0 has no file"),
@@ -592,3 +605,220 @@ def test_damage_is_reported_and_never_read_silently(fault: Fault, pristine: dict
     else:
         with pytest.raises(KVStoreError, match=fault.raises):
             read_all(path)
+
+
+def test_every_row_of_the_table_has_its_own_name() -> None:
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+
+
+# ---- writers that die or are refused
+
+
+def test_objects_without_a_commit_are_invisible_and_reported_as_orphans(
+    source: Source, pristine: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    manifest, calibration, tasks = begin_store(path, source)
+    for shard in range(4):
+        write_shard(path, source, manifest, calibration, shard, tasks[shard])
+    before = snapshot(path)
+    left = [KEY.format(4), IDS.format(4)]
+    for name in left:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pristine["mix"] / name, path / name)
+    rewrite(path / IDS.format(4), lambda content: content[: len(content) // 2])
+    assert snapshot(path) == before
+    report = verify_store(str(path), deep=True)
+    assert (report.ok, report.orphans, report.num_committed) == (True, tuple(sorted(left)), 4)
+    write_shard(path, source, manifest, calibration, 4, tasks[4])
+    assert open_store(path).read(range(8)).input_ids.tolist() == np.concatenate(source.input_ids).tolist()
+    report = verify_store(str(path), deep=True)
+    assert (report.ok, report.orphans, report.num_committed) == (True, (), 5)
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_a_writer_names_shard_sample_and_layer_of_a_nan(source: Source, tmp_path: Path, kind: str) -> None:
+    manifest, calibration, _ = begin_store(tmp_path / "store", source)
+    rows = open_store(write_store(tmp_path / "whole", source)).samples
+    listed = json.loads(commit_file(tmp_path / "whole", 2).read_text())["samples"]
+    writer = ShardWriter(locate(tmp_path / "store"), manifest, calibration, 2, [SampleRow(**row) for row in listed])
+    values = {
+        side: np.concatenate([source.kv[index][1][number] for index in (3, 4)]) for number, side in enumerate(("key", "value"))
+    }
+    values[kind][64 + 9, 1, 3] = np.nan
+    where = rf"shard 2, sample {rows.ids[4][:12]} \(document-4\), layer 1, {kind}: .*\[73, 1, 3\]"
+    with pytest.raises(CodecError, match=where):
+        writer.put(1, [(0, 64), (64, 64)], values["key"], values["value"])
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from kvstore import open_store
+from kvstore.errors import StoreWriteError
+from kvstore.samples import compact
+from kvstore.storage import locate
+from kvstore.verify import verify_store
+from tests.stores import begin_store, random_source, small_spec, write_shard
+
+disk = Path(sys.argv[1])
+source = random_source(small_spec(), [64] * 4)
+manifest, calibration, tasks = begin_store(disk / "store", source, "raw")
+write_shard(disk / "store", source, manifest, calibration, 0, tasks[0])
+refused = 0
+
+
+def leave(pages):
+    (disk / "filler").unlink(missing_ok=True)
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        try:
+            while filler.write(bytes(4096)):
+                pass
+        except OSError:
+            filler.truncate(max(filler.tell() - 4096 * pages, 0))
+
+
+for pages in range(100):
+    leave(pages)
+    try:
+        write_shard(disk / "store", source, manifest, calibration, 1, tasks[1])
+        break
+    except StoreWriteError as error:
+        refused += 1
+        assert str(error).startswith("shard 1: writing to") and "o space left" in str(error), error
+    assert open_store(disk / "store").samples.shard.tolist() == [0]
+    assert open_store(disk / "store").read([0]).input_ids.tolist() == source.input_ids[0].tolist()
+    assert not any((disk / "store" / ".staging").iterdir())
+leave(0)
+try:
+    compact(locate(disk / "store"))
+except StoreWriteError as error:
+    assert str(error).startswith("samples/: writing the sample tables") and "o space left" in str(error), error
+else:
+    raise AssertionError("the disk is not full")
+assert open_store(disk / "store").read([0, 1]).input_ids.tolist() == [*source.input_ids[0], *source.input_ids[1]]
+(disk / "filler").unlink()
+for shard in (2, 3):
+    write_shard(disk / "store", source, manifest, calibration, shard, tasks[shard])
+assert compact(locate(disk / "store")) == 4
+report = verify_store(str(disk / "store"), deep=True)
+assert report.ok and not report.orphans, report
+assert len(open_store(disk / "store").samples.ids) == 4
+print(refused)
+"""
+"""Writes into a real small disk that has more and more free pages, so that it fills up at every step of a commit."""
+
+
+def test_a_full_disk_stops_a_writer_at_any_step_and_freed_space_lets_it_finish(tmp_path: Path) -> None:
+    disk, script = tmp_path / "disk", tmp_path / "script.py"
+    disk.mkdir()
+    script.write_text(FULL_DISK)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    run = [sys.executable, str(script), str(disk)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if shutil.which("unshare") and not subprocess.run([*namespace, *mount], capture_output=True).returncode:
+        command = [*namespace, "sh", "-c", f"{shlex.join(mount)} && exec {shlex.join(run)}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    elif os.geteuid() == 0 and not subprocess.run(mount, capture_output=True).returncode:
+        try:
+            done = subprocess.run(run, capture_output=True, text=True, env=environment)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+    else:
+        pytest.skip("no small disk can be mounted here")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 5
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[Path]:
+    """A folder anyone may enter, and no rights beyond it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        yield folder
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_a_writer_without_permission_says_so_and_leaves_nothing(source: Source) -> None:
+    with as_nobody() as folder:
+        path = folder / "store"
+        manifest, calibration, tasks = begin_store(path, source)
+        write_shard(path, source, manifest, calibration, 0, tasks[0])
+        before = sorted(file for file in path.rglob("*"))
+        os.seteuid(NOBODY)
+        with pytest.raises(StoreWriteError, match=r"shard 1: writing to .*Permission denied"):
+            write_shard(path, source, manifest, calibration, 1, tasks[1])
+        assert open_store(path).samples.shard.tolist() == [0, 0]
+        assert verify_store(str(path), deep=True).ok
+        os.seteuid(0)
+        (path / ".staging").chmod(0o777)  # its files can be staged, but not put in place
+        os.seteuid(NOBODY)
+        with pytest.raises(StoreWriteError, match=r"shard 1: writing to .*Permission denied"):
+            write_shard(path, source, manifest, calibration, 1, tasks[1])
+        assert sorted(file for file in path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "commits", "samples", "kv.zarr/key/zarr.json", "kv.zarr/key/c/0", IDS.format(2)]
+)
+def test_a_reader_without_permission_says_so_and_sees_no_smaller_store(pristine: dict[str, Path], name: str) -> None:
+    with as_nobody() as folder:
+        path = Path(shutil.copytree(pristine["mix"], folder / "store"))
+        (path / name).chmod(0o700 if (path / name).is_dir() else 0o600)
+        os.seteuid(NOBODY)
+        with pytest.raises(PermissionError, match=re.escape(f"{path / name}")):
+            read_all(path)
+
+
+# ---- single bits
+
+NUM_FLIPS = 1000
+
+
+def test_no_flipped_bit_anywhere_is_read_silently_and_verification_finds_all_that_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
+    source = random_source(small_spec(num_layers=2), [64, 40, 64])
+    path = write_store(tmp_path / "store", source, tokenizer=tmp_path / "tokenizer", texts=["tab\tnew\nline", "é", "text"])
+    write_gate(locate(path), "before", {"kl": 0.01})
+    storage = locate(path)
+    manifest = read_manifest(storage)
+    repeats = write_repeats(storage, 1, {open_store(path).samples.ids[0]: 2})
+    write_manifest(storage, dataclasses.replace(manifest, data={**manifest.data, "parts": [{}, {"repeats": repeats}]}))
+
+    def everything() -> str:
+        return repr([snapshot(path), read_gate(storage), read_dropped(storage)])
+
+    whole, report = everything(), verify_store(str(path), deep=True)
+    assert report.ok
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = [file.stat().st_size for file in files]
+    stream, outcomes = random.Random(20260101), Counter[tuple[str, str]]()
+    for _ in range(NUM_FLIPS):
+        position, bit = stream.randrange(sum(sizes)), stream.randrange(8)
+        number = 0
+        while position >= sizes[number]:
+            position, number = position - sizes[number], number + 1
+        content = files[number].read_bytes()
+        flip(files[number], position, bit)
+        try:
+            outcome = "same" if everything() == whole else "silent"
+        except KVStoreError:
+            outcome = "raised"
+        found = "found" if not verify_store(str(path), deep=True).ok else "not found"
+        outcomes[outcome, found] += 1
+        assert outcome != "silent", f"{files[number]}: byte {position}, bit {bit} changes what is read without an error"
+        assert (outcome, found) != ("raised", "not found"), f"{files[number]}: byte {position}, bit {bit}"
+        files[number].write_bytes(content)
+    assert everything() == whole
+    with capsys.disabled():
+        counts = {" and ".join(key): count for key, count in sorted(outcomes.items())}
+        print(f"\n{NUM_FLIPS} flipped bits in {sum(sizes):,} bytes of {len(files)} files: {counts}, read silently 0")
