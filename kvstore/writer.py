@@ -70,7 +70,7 @@ def create_store(
             f"{', '.join(sorted(strangers)[:5])}); choose a new folder"
         )
     storage.write(_CREATING, b"", replace=True)
-    for entry in [*storage.entries(ARRAYS), *storage.entries(TOKENIZER)]:
+    for entry in [entry for folder in (ARRAYS, TOKENIZER, SAMPLES) for entry in storage.entries(folder)]:
         storage.delete(entry.key)  # of a creation that died before its manifest
     metadata: dict[str, str] = {}
     with storage.scratch("create") as scratch:
