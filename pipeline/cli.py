@@ -92,6 +92,8 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     preset = presets.teacher_preset(flags["teacher"]) if flags["teacher"] else None
     if preset is not None:
         defaults = {"data": (preset.data,), "out": preset.out, "max_tokens": preset.max_tokens}
+    if flags["teacher"] is None and config is None and not any(name.startswith("teacher=") for name in settings):
+        raise click.UsageError("--teacher is needed: a preset (kvpipe extract --list), a Hugging Face id, or a folder")
     chosen = load_config(ExtractConfig, "extract", config, settings, flags)
     missing = {name: value for name, value in defaults.items() if getattr(chosen, name) in (None, ())}
     chosen = ExtractConfig.model_validate({**chosen.model_dump(), **missing})
