@@ -107,11 +107,12 @@ class Folder:
             return file.read()
 
     def size(self, key: str) -> int | None:
-        path = self.root / key
-        return path.stat().st_size if path.is_file() else None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return (self.root / key).stat().st_size
+        return None
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        for folder, _, names in os.walk(self.root / prefix):
+        for folder, _, names in os.walk(self.root / prefix, onerror=_refuse_unreadable):
             for name in names:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # others may clean up meanwhile
@@ -270,6 +271,12 @@ def _client(location: str) -> Any:
 
     plain = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     return from_url(location, client_options={"allow_http": plain.startswith("http://")})
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder may be absent, but one that cannot be listed must not look empty."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _sync_folder(path: Path) -> None:
