@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64, Shaped
 
 from kvstore import codec as codecs
 from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key
@@ -43,6 +43,17 @@ class KVBatch:
     """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CodeBatch:
+    """Codes of some samples as they lie on disk, concatenated in the order asked for; verified, not decoded."""
+
+    codes: Mapping[tuple[str, Kind], Shaped[np.ndarray, "slot token kv_head code"]]
+    """By group path and kind; the slots of the layers asked for, in increasing order."""
+    input_ids: Int32[np.ndarray, "token"]
+    cu_seqlens: Int64[np.ndarray, "boundary"]
+    """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
+
+
 class Store:
     """An open store; samples are numbered in order of shard and position.
 
@@ -54,7 +65,7 @@ class Store:
         self.storage = locate(location)
         self.location = self.storage.location
         self.manifest: Manifest = read_manifest(self.storage)
-        self.samples = SampleTable(self.storage, commits)
+        self.samples = SampleTable(self.storage, commits, num_parts=len(self.manifest.data.get("parts", ())))
         self._arrays: dict[str, ts.TensorStore] = {}
         self._verified: set[int] = set()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -103,13 +114,33 @@ class Store:
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
         """
+        wanted = self.spec.layer_numbers if layers is None else tuple(layers)
+        batch = self.read_codes(sample_indices, wanted)
+        return KVBatch(
+            layers=wanted,
+            key=self._assemble("key", wanted, batch.codes, len(batch.input_ids)),
+            value=self._assemble("value", wanted, batch.codes, len(batch.input_ids)),
+            input_ids=batch.input_ids,
+            cu_seqlens=batch.cu_seqlens,
+        )
+
+    def read_codes(
+        self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None, *, verify_objects: bool = True
+    ) -> CodeBatch:
+        """Read samples without decoding them, verified like `read`, whose arguments and errors these are.
+
+        Args:
+            verify_objects: False for a shard that is being written again, whose objects need not be those committed; the
+                checksums of its chunks and its tokens are verified still.
+        """
         indices = [operator.index(index) for index in sample_indices]
         outside = [index for index in indices if not 0 <= index < len(self)]
         if outside:
             raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.location})")
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
-        for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
-            self._verify_objects(shard)
+        if verify_objects:
+            for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
+                self.verify_objects(shard)
         spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
         pending = {
             (group.path, kind): self._request(array_key(group, group.array(kind)), spans, slots)
@@ -124,13 +155,7 @@ class Store:
             raise self._explain(error, indices) from error
         cu_seqlens = np.concatenate([[0], np.cumsum([length for _, length in spans], dtype=np.int64)]).astype(np.int64)
         self._verify_tokens(indices, input_ids, cu_seqlens)
-        return KVBatch(
-            layers=wanted,
-            key=self._assemble("key", wanted, codes, len(input_ids)),
-            value=self._assemble("value", wanted, codes, len(input_ids)),
-            input_ids=input_ids,
-            cu_seqlens=cu_seqlens,
-        )
+        return CodeBatch(codes=codes, input_ids=input_ids, cu_seqlens=cu_seqlens)
 
     def _slots(self, layers: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """The groups that hold these layers, each with its slots in increasing order."""
@@ -158,7 +183,9 @@ class Store:
             self._arrays[array] = open_array(self.storage, self.manifest, array, context=self._context)
         return self._arrays[array]
 
-    def _assemble(self, kind: Kind, layers: Sequence[int], codes: dict[Any, np.ndarray], num_tokens: int) -> np.ndarray:
+    def _assemble(
+        self, kind: Kind, layers: Sequence[int], codes: Mapping[tuple[str, Kind], np.ndarray], num_tokens: int
+    ) -> np.ndarray:
         """Decode, and put the layers of all groups in the order asked for."""
         if not layers:
             return np.zeros((0, num_tokens, 0, 0), dtype=np.float32)
@@ -184,8 +211,12 @@ class Store:
         """Mean and step of every quantised array, by group path and kind; verified against the manifest."""
         return read_calibration(self.storage, self.manifest)
 
-    def _verify_objects(self, shard: int) -> None:
-        """When a shard is first touched, compare its files with its commit record: missing, truncated and foreign ones."""
+    def verify_objects(self, shard: int) -> None:
+        """Compare the files of a shard with its commit record, as is done when it is first read.
+
+        Raises:
+            CorruptShardError: one is missing, truncated or of another shard.
+        """
         commit = read_commit(self.storage, shard)
         if commit.signal != self.manifest.signal_fingerprint:
             raise CorruptShardError(

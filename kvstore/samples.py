@@ -24,7 +24,7 @@ from jaxtyping import Int32, Int64, UInt32
 from kvstore.commits import Commit, committed_shards, merge_fidelity, read_commit
 from kvstore.errors import KVStoreError, StoreFormatError
 from kvstore.manifest import SAMPLES
-from kvstore.records import bytes_sha256, canonical_json, create_sealed, read_sealed
+from kvstore.records import bytes_sha256, canonical_json, read_sealed, write_sealed
 from kvstore.storage import Storage
 
 ROWS = pa.schema(
@@ -71,12 +71,19 @@ def compact(storage: Storage) -> int:
 
 
 def forget(storage: Storage, shards: Iterable[int]) -> None:
-    """Delete every table that lists one of these shards; `compact` makes new ones. The summary goes first."""
-    gone = set(shards)
+    """Delete every table that lists one of these shards, and parts without a summary, which a killed writer leaves behind.
+
+    The summary goes first; `compact` makes new ones. For `drop` and `repair`, which hold the whole store.
+    """
+    gone, kept = set(shards), set[str]()
     for key, table in _read_summaries(storage).items():
         if gone & set(table["shard"].to_pylist()):
             storage.delete(key)
-            storage.delete(part_key(key))
+        else:
+            kept.add(part_key(key))
+    for entry in list(storage.entries(SAMPLES)):
+        if PurePosixPath(entry.key).name.startswith("part-") and entry.key not in kept:
+            storage.delete(entry.key)
 
 
 def part_key(summary_key: str) -> str:
@@ -166,16 +173,21 @@ def repeats_key(part: int) -> str:
 
 
 def write_repeats(storage: Storage, part: int, counts: Mapping[str, int]) -> None:
-    """Keep how often a later part of the data had samples that an earlier one had stored."""
-    create_sealed(storage, repeats_key(part), {"part": part, "counts": dict(counts)})
+    """Keep how often a later part of the data had samples that an earlier one had stored.
+
+    Written before the manifest has that part, so it may lie there from an append that died.
+    """
+    write_sealed(storage, repeats_key(part), {"part": part, "counts": dict(counts)})
 
 
-def read_repeats(storage: Storage) -> Counter[str]:
-    """Further counts by sample id, over all parts."""
+def read_repeats(storage: Storage, num_parts: int | None = None) -> Counter[str]:
+    """Further counts by sample id, over all parts, or over the first of them."""
     total: Counter[str] = Counter()
     for entry in storage.entries(SAMPLES):
         if PurePosixPath(entry.key).name.startswith("repeats-"):
-            total.update(read_sealed(storage, entry.key)["counts"])
+            record = read_sealed(storage, entry.key)
+            if num_parts is None or record["part"] < num_parts:
+                total.update(record["counts"])
     return total
 
 
@@ -188,16 +200,22 @@ class SampleTable:
         StoreFormatError: a summary is damaged, or lists a shard whose commit record is lost.
     """
 
-    def __init__(self, storage: Storage, commits: Sequence[Commit] | None = None) -> None:
-        """Open the tables of a store; with `commits`, look at these records alone."""
-        self._storage = storage
+    def __init__(self, storage: Storage, commits: Sequence[Commit] | None = None, *, num_parts: int | None = None) -> None:
+        """Open the tables of a store.
+
+        Args:
+            commits: look at these records alone.
+            num_parts: parts of the data that the manifest has.
+        """
+        self._storage, self._num_parts = storage, num_parts
         self._parts: dict[str, tuple[set[int], dict[str, str]]] = {}
         summaries: list[pa.Table] = []
         if commits is not None:
             self._loose = list(commits)
         else:
-            committed, seen = committed_shards(storage), set[int]()
-            for key, table in _read_summaries(storage).items():
+            # In this order: a shard is committed before a summary lists it, and others may be writing.
+            tables, committed, seen = _read_summaries(storage), committed_shards(storage), set[int]()
+            for key, table in tables.items():
                 shards = set(table["shard"].to_pylist())
                 if lost := sorted(shards - committed):
                     raise StoreFormatError(
@@ -281,7 +299,7 @@ class SampleTable:
     def count(self) -> Int32[np.ndarray, "sample"]:
         """How often the data had each sample, over all parts of it."""
         count = np.array(self._column("count").to_numpy())
-        if repeats := read_repeats(self._storage):
+        if repeats := read_repeats(self._storage, self._num_parts):
             count += np.array([repeats.get(identity, 0) for identity in self.ids], dtype=count.dtype)
         return count
 
