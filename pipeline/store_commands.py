@@ -76,7 +76,7 @@ def drop(store: str, ids: Path, as_json: bool) -> None:
 
     \b
     kvpipe drop my-store --ids remove.txt
-    grep -l secret texts/* | ./to_ids | kvpipe drop my-store --ids -
+    echo 3f2a9c01 | kvpipe drop my-store --ids -
     """
     from kvstore.drop import drop_samples
 
