@@ -13,11 +13,11 @@ from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS
 from kvstore.commits import Commit, committed_shards, read_commit
-from kvstore.errors import KVStoreError
+from kvstore.errors import CorruptShardError, KVStoreError
 from kvstore.lease import EVERYTHING, EXPIRY_S, LEASES, lease
 from kvstore.manifest import SAMPLES, Manifest, read_manifest, write_manifest
 from kvstore.reader import Store
-from kvstore.records import fingerprint, read_sealed, write_sealed
+from kvstore.records import bytes_sha256, fingerprint, read_sealed, write_sealed
 from kvstore.samples import compact, forget
 from kvstore.storage import STAGING, Storage, locate
 from kvstore.writer import ShardWriter
@@ -69,7 +69,7 @@ def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, i
 
     Raises:
         KVStoreError: an id is unknown or stands for several samples, or there is none; nothing was changed.
-        CorruptShardError: a shard to be written again is damaged; 'kvpipe repair' first.
+        CorruptShardError: a shard to be written again is damaged, and must not be made good; nothing was changed.
         LeaseHeldError: somebody is writing into the store.
     """
     storage = locate(location)
@@ -86,7 +86,7 @@ def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, i
         interrupted = {commit.shard for commit in touched if any(row.id in before for row in commit.samples)}
         for commit in touched:
             if commit.shard not in interrupted:
-                Store(storage, [commit]).verify_objects(commit.shard)
+                _refuse_damaged(storage, commit)
         # What is dropped is written down first: a resumed extraction must not bring it back.
         if dropped != before:
             write_dropped(storage, dropped)
@@ -119,6 +119,19 @@ def _resolve(ids: Collection[str], commits: Iterable[Commit], dropped: Mapping[s
             )
         found[matches[0]] = known[matches[0]]
     return found
+
+
+def _refuse_damaged(storage: Storage, commit: Commit) -> None:
+    for stored in commit.objects:
+        try:
+            actual = bytes_sha256(storage.read(stored.path))
+        except FileNotFoundError:
+            actual = "nothing"
+        if actual != stored.sha256:
+            raise CorruptShardError(
+                f"shard {commit.shard}: {stored.path} hashes to {actual}, its record says {stored.sha256} ({storage.location}); "
+                "'kvpipe repair' makes it again, then drop. Nothing was changed"
+            )
 
 
 def _sweep(storage: Storage) -> None:

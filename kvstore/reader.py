@@ -140,7 +140,7 @@ class Store:
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
         if verify_objects:
             for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
-                self.verify_objects(shard)
+                self._verify_objects(shard)
         spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
         pending = {
             (group.path, kind): self._request(array_key(group, group.array(kind)), spans, slots)
@@ -211,7 +211,7 @@ class Store:
         """Mean and step of every quantised array, by group path and kind; verified against the manifest."""
         return read_calibration(self.storage, self.manifest)
 
-    def verify_objects(self, shard: int) -> None:
+    def _verify_objects(self, shard: int) -> None:
         """Compare the files of a shard with its commit record, as is done when it is first read.
 
         Raises:
