@@ -25,6 +25,8 @@ from kvstore.storage import Storage
 
 UNWRITTEN_TOKEN = -1
 _MISSING_CHUNK = 2**64 - 1
+_STORE_ZEROS: Any = {"write_empty_chunks": True}
+"""A mean of nothing but zeros, or layer 0 alone, equals the fill value, and zarr would leave its chunk out."""
 
 
 def array_key(group: Group, name: str) -> str:
@@ -112,12 +114,14 @@ def create_arrays(path: Path, manifest: Manifest, calibration: Calibration) -> N
                     f"{kind}_{statistic}",
                     data=np.ascontiguousarray(array, dtype=np.float32),
                     compressors=[Crc32cCodec()],
+                    config=_STORE_ZEROS,
                     dimension_names=("layer", "kv_head", f"{kind}_dim"),
                 )
         node.create_array(
             "layer",
             data=np.array(group.layers, dtype=np.int32),
             compressors=[Crc32cCodec()],
+            config=_STORE_ZEROS,
             dimension_names=("layer",),
         )
     zarr.open_group(path, mode="a").create_array(

@@ -57,7 +57,8 @@ class Claim:
         if self.machine != _machine():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_s) > 1
+            process = psutil.Process(self.pid)
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started_s) > 1
         except psutil.NoSuchProcess:
             return True
 
