@@ -84,6 +84,8 @@ def read_small_array(storage: Storage, manifest: Manifest, array: str) -> np.nda
     try:
         return np.asarray(view.read().result())
     except ValueError as error:
+        if unreachable(error):
+            raise OSError(f"{storage.location}/{ARRAYS}/{array}: {error}; see to the connection and try again") from error
         raise CorruptShardError(
             f"{storage.location}/{ARRAYS}/{array}: {error}; it is missing or damaged, restore it"
         ) from error
@@ -183,7 +185,15 @@ def open_array(storage: Storage, manifest: Manifest, array: str, *, context: ts.
     try:
         return _open(storage.tensorstore_spec(f"{ARRAYS}/{array}"), context)
     except ValueError as error:
+        if unreachable(error):
+            raise OSError(f"{storage.location}/{ARRAYS}/{array}: {error}; see to the connection and try again") from error
         raise CorruptShardError(f"{storage.location}/{ARRAYS}/{array}: cannot be opened ({error})") from error
+
+
+def unreachable(error: ValueError) -> bool:
+    """Whether tensorstore, whose only class of error this is, failed to reach a bucket, which says nothing of the data."""
+    text = str(error)
+    return "retry attempts failed" in text or text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED"))
 
 
 def open_folder(path: Path) -> ts.TensorStore:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ import tensorstore as ts
 from jaxtyping import Float32, Int32, Int64, Shaped
 
 from kvstore import codec as codecs
-from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key
+from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key, unreachable
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
@@ -115,8 +117,8 @@ class Store:
                 )
         if isinstance(self.storage, Folder):
             return self.storage.root / TOKENIZER
-        self._copies = tempfile.TemporaryDirectory(prefix="kvpipe-tokenizer-")
-        folder = Path(self._copies.name)
+        folder = Path(tempfile.mkdtemp(prefix="kvpipe-tokenizer-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name, content in files.items():
             (folder / name).write_bytes(content)
         return folder
@@ -132,6 +134,7 @@ class Store:
             IndexError: no such sample.
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
+        OSError: the bucket cannot be reached.
         """
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
         batch = self.read_codes(sample_indices, wanted)
@@ -281,10 +284,12 @@ class Store:
                     f"crc32c {actual:#010x}, expected {expected:#010x} ({self.location}); the shard is not the one committed"
                 )
 
-    def _explain(
-        self, error: ValueError, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]
-    ) -> CorruptShardError:
+    def _explain(self, error: ValueError, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]) -> Exception:
         """Name the shard and sample a native read of several failed on, by reading them one by one."""
+        if unreachable(error):
+            return OSError(
+                f"{self.location}: reading failed ({error}); the data may be whole, see to the connection and try again"
+            )
         if isinstance(error, CorruptShardError):
             return error
         for index in indices:

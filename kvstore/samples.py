@@ -157,7 +157,11 @@ def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = Non
     """
     where = f"{storage.location}/{key}"
     try:
-        return pq.read_table(io.BytesIO(storage.read(key)), columns=columns, page_checksum_verification=True)
+        content = storage.read(key)
+    except FileNotFoundError:
+        content = b""
+    try:
+        return pq.read_table(io.BytesIO(content), columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise StoreFormatError(
             f"{where}: missing or damaged parquet ({error}); 'kvpipe repair' rebuilds it from commits/, and so does deleting "
