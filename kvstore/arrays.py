@@ -25,6 +25,8 @@ from kvstore.storage import Storage
 
 UNWRITTEN_TOKEN = -1
 _MISSING_CHUNK = 2**64 - 1
+_STORE_ZEROS: Any = {"write_empty_chunks": True}
+"""A mean of nothing but zeros, or layer 0 alone, equals the fill value, and zarr would leave its chunk out."""
 
 
 def array_key(group: Group, name: str) -> str:
@@ -82,6 +84,8 @@ def read_small_array(storage: Storage, manifest: Manifest, array: str) -> np.nda
     try:
         return np.asarray(view.read().result())
     except ValueError as error:
+        if unreachable(error):
+            raise OSError(f"{storage.location}/{ARRAYS}/{array}: {error}; see to the connection and try again") from error
         raise CorruptShardError(
             f"{storage.location}/{ARRAYS}/{array}: {error}; it is missing or damaged, restore it"
         ) from error
@@ -112,12 +116,14 @@ def create_arrays(path: Path, manifest: Manifest, calibration: Calibration) -> N
                     f"{kind}_{statistic}",
                     data=np.ascontiguousarray(array, dtype=np.float32),
                     compressors=[Crc32cCodec()],
+                    config=_STORE_ZEROS,
                     dimension_names=("layer", "kv_head", f"{kind}_dim"),
                 )
         node.create_array(
             "layer",
             data=np.array(group.layers, dtype=np.int32),
             compressors=[Crc32cCodec()],
+            config=_STORE_ZEROS,
             dimension_names=("layer",),
         )
     zarr.open_group(path, mode="a").create_array(
@@ -179,7 +185,15 @@ def open_array(storage: Storage, manifest: Manifest, array: str, *, context: ts.
     try:
         return _open(storage.tensorstore_spec(f"{ARRAYS}/{array}"), context)
     except ValueError as error:
+        if unreachable(error):
+            raise OSError(f"{storage.location}/{ARRAYS}/{array}: {error}; see to the connection and try again") from error
         raise CorruptShardError(f"{storage.location}/{ARRAYS}/{array}: cannot be opened ({error})") from error
+
+
+def unreachable(error: ValueError) -> bool:
+    """Whether tensorstore, whose only class of error this is, failed to reach a bucket, which says nothing of the data."""
+    text = str(error)
+    return "retry attempts failed" in text or text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED"))
 
 
 def open_folder(path: Path) -> ts.TensorStore:

@@ -57,7 +57,8 @@ class Claim:
         if self.machine != _machine():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_s) > 1
+            process = psutil.Process(self.pid)
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started_s) > 1
         except psutil.NoSuchProcess:
             return True
 
@@ -125,7 +126,8 @@ def lease(
     finally:
         done.set()
         thread.join()
-        storage.delete(key)
+        with contextlib.suppress(OSError):  # what the block raised matters more, and a claim without touch expires
+            storage.delete(key)
 
 
 def _acquire(storage: Storage, key: str, own: Claim, wait: Callable[[str], object] | None, expiry_s: float) -> None:

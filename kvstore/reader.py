@@ -8,18 +8,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64, Shaped
 
 from kvstore import codec as codecs
-from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key
+from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key, unreachable
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
@@ -39,6 +41,17 @@ class KVBatch:
     """Teacher layer numbers along the layer axis."""
     key: Float32[np.ndarray, "layer token kv_head key_dim"]
     value: Float32[np.ndarray, "layer token kv_head value_dim"]
+    input_ids: Int32[np.ndarray, "token"]
+    cu_seqlens: Int64[np.ndarray, "boundary"]
+    """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CodeBatch:
+    """Codes of some samples as they lie on disk, concatenated in the order asked for; verified, not decoded."""
+
+    codes: Mapping[tuple[str, Kind], Shaped[np.ndarray, "slot token kv_head code"]]
+    """By group path and kind; the slots of the layers asked for, in increasing order."""
     input_ids: Int32[np.ndarray, "token"]
     cu_seqlens: Int64[np.ndarray, "boundary"]
     """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
@@ -104,8 +117,8 @@ class Store:
                 )
         if isinstance(self.storage, Folder):
             return self.storage.root / TOKENIZER
-        self._copies = tempfile.TemporaryDirectory(prefix="kvpipe-tokenizer-")
-        folder = Path(self._copies.name)
+        folder = Path(tempfile.mkdtemp(prefix="kvpipe-tokenizer-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name, content in files.items():
             (folder / name).write_bytes(content)
         return folder
@@ -121,14 +134,35 @@ class Store:
             IndexError: no such sample.
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
+        OSError: the bucket cannot be reached.
+        """
+        wanted = self.spec.layer_numbers if layers is None else tuple(layers)
+        batch = self.read_codes(sample_indices, wanted)
+        return KVBatch(
+            layers=wanted,
+            key=self._assemble("key", wanted, batch.codes, len(batch.input_ids)),
+            value=self._assemble("value", wanted, batch.codes, len(batch.input_ids)),
+            input_ids=batch.input_ids,
+            cu_seqlens=batch.cu_seqlens,
+        )
+
+    def read_codes(
+        self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None, *, verify_objects: bool = True
+    ) -> CodeBatch:
+        """Read samples without decoding them, verified like `read`, whose arguments and errors these are.
+
+        Args:
+            verify_objects: False for a shard that is being written again, whose objects need not be those committed; the
+                checksums of its chunks and its tokens are verified still.
         """
         indices = [operator.index(index) for index in sample_indices]
         outside = [index for index in indices if not 0 <= index < len(self)]
         if outside:
             raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.location})")
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
-        for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
-            self.verify_shard(shard)
+        if verify_objects:
+            for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
+                self.verify_shard(shard)
         slots = self._slots(wanted)
         try:
             codes, input_ids = self._fetch(indices, slots)
@@ -137,13 +171,7 @@ class Store:
         lengths = self.samples.num_tokens[np.array(indices, dtype=np.int64)]
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         self._verify_tokens(indices, input_ids, cu_seqlens)
-        return KVBatch(
-            layers=wanted,
-            key=self._assemble("key", wanted, codes, len(input_ids)),
-            value=self._assemble("value", wanted, codes, len(input_ids)),
-            input_ids=input_ids,
-            cu_seqlens=cu_seqlens,
-        )
+        return CodeBatch(codes=codes, input_ids=input_ids, cu_seqlens=cu_seqlens)
 
     def _fetch(
         self, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]
@@ -185,7 +213,9 @@ class Store:
             self._arrays[array] = open_array(self.storage, self.manifest, array, context=self._context)
         return self._arrays[array]
 
-    def _assemble(self, kind: Kind, layers: Sequence[int], codes: dict[Any, np.ndarray], num_tokens: int) -> np.ndarray:
+    def _assemble(
+        self, kind: Kind, layers: Sequence[int], codes: Mapping[tuple[str, Kind], np.ndarray], num_tokens: int
+    ) -> np.ndarray:
         """Decode, and put the layers of all groups in the order asked for."""
         if not layers:
             return np.zeros((0, num_tokens, 0, 0), dtype=np.float32)
@@ -254,10 +284,12 @@ class Store:
                     f"crc32c {actual:#010x}, expected {expected:#010x} ({self.location}); the shard is not the one committed"
                 )
 
-    def _explain(
-        self, error: ValueError, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]
-    ) -> CorruptShardError:
+    def _explain(self, error: ValueError, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]) -> Exception:
         """Name the shard and sample a native read of several failed on, by reading them one by one."""
+        if unreachable(error):
+            return OSError(
+                f"{self.location}: reading failed ({error}); the data may be whole, see to the connection and try again"
+            )
         if isinstance(error, CorruptShardError):
             return error
         for index in indices:

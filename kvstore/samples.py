@@ -86,12 +86,19 @@ def write_tables(storage: Storage, rows: pa.Table, shards: pa.Table) -> None:
 
 
 def forget(storage: Storage, shards: Iterable[int]) -> None:
-    """Delete every table that lists one of these shards; `compact` makes new ones. The summary goes first."""
-    gone = set(shards)
+    """Delete every table that lists one of these shards, and parts without a summary, which a killed writer leaves behind.
+
+    The summary goes first; `compact` makes new ones. For `drop` and `repair`, which hold the whole store.
+    """
+    gone, kept = set(shards), set[str]()
     for key, table in _read_summaries(storage).items():
         if gone & set(table["shard"].to_pylist()):
             storage.delete(key)
-            storage.delete(part_key(key))
+        else:
+            kept.add(part_key(key))
+    for entry in list(storage.entries(SAMPLES)):
+        if PurePosixPath(entry.key).name.startswith("part-") and entry.key not in kept:
+            storage.delete(entry.key)
 
 
 def part_key(summary_key: str) -> str:
@@ -150,7 +157,11 @@ def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = Non
     """
     where = f"{storage.location}/{key}"
     try:
-        return pq.read_table(io.BytesIO(storage.read(key)), columns=columns, page_checksum_verification=True)
+        content = storage.read(key)
+    except FileNotFoundError:
+        content = b""
+    try:
+        return pq.read_table(io.BytesIO(content), columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise StoreFormatError(
             f"{where}: missing or damaged parquet ({error}); 'kvpipe repair' rebuilds it from commits/, and so does deleting "
@@ -222,15 +233,20 @@ class SampleTable:
     """
 
     def __init__(self, storage: Storage, commits: Sequence[Commit] | None = None) -> None:
-        """Open the tables of a store; with `commits`, look at these records alone."""
+        """Open the tables of a store.
+
+        Args:
+            commits: look at these records alone.
+        """
         self._storage = storage
         self._parts: dict[str, tuple[set[int], dict[str, str]]] = {}
         summaries: list[pa.Table] = []
         if commits is not None:
             self._loose = list(commits)
         else:
-            committed, seen = committed_shards(storage), set[int]()
-            for key, table in _read_summaries(storage).items():
+            # In this order: a shard is committed before a summary lists it, and others may be writing.
+            tables, committed, seen = _read_summaries(storage), committed_shards(storage), set[int]()
+            for key, table in tables.items():
                 shards = set(table["shard"].to_pylist())
                 if lost := sorted(shards - committed):
                     raise StoreFormatError(

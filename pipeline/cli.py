@@ -16,6 +16,10 @@ from typing import Any
 
 import click
 
+from pipeline import store_commands
+from pipeline.terminal import growth_lines, say
+from pipeline.terminal import print_record as _print_record
+
 _CONFIG_OPTIONS = (
     click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file with a table of settings."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting by name; repeat for more."),
@@ -24,11 +28,6 @@ _CONFIG_OPTIONS = (
 
 def _with_options(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
     return lambda function: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
-
-
-def say(text: str) -> None:
-    """Tell the person at the terminal, without spoiling a result on stdout."""
-    click.echo(text, err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -92,6 +91,8 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     preset = presets.teacher_preset(flags["teacher"]) if flags["teacher"] else None
     if preset is not None:
         defaults = {"data": (preset.data,), "out": preset.out, "max_tokens": preset.max_tokens}
+    if flags["teacher"] is None and config is None and not any(name.startswith("teacher=") for name in settings):
+        raise click.UsageError("--teacher is needed: a preset (kvpipe extract --list), a Hugging Face id, or a folder")
     chosen = load_config(ExtractConfig, "extract", config, settings, flags)
     missing = {name: value for name, value in defaults.items() if getattr(chosen, name) in (None, ())}
     chosen = ExtractConfig.model_validate({**chosen.model_dump(), **missing})
@@ -232,14 +233,8 @@ def demo(out: Path, workers: int, seed: int) -> None:
     run_demo(out, workers=workers, seed=seed, say=say)
 
 
-def _print_record(record: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(record, default=str))
-        return
-    width = max(map(len, record))
-    for name, value in record.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        click.echo(f"{name:{width}}  {shown}")
+for _command in (store_commands.merge, store_commands.recode, store_commands.drop):
+    cli.add_command(_command)
 
 
 def _print_description(record: dict[str, Any]) -> None:
@@ -260,12 +255,13 @@ def _print_description(record: dict[str, Any]) -> None:
         f"{record['shard_tokens']:,} tokens each in chunks of {record['chunk_tokens']}",
         "keys": f"{record['key_domain'].replace('_', '-')}, captured as {record['dtype']}",
         "alignment": _alignment_line(record["alignment"]),
+        **growth_lines(record),
         "signal": record["fingerprints"]["signal"][:16],
         "data": record["fingerprints"]["data"][:16],
         "created": f"{record['created']} by kvpipe {record['kvpipe_version']}",
     }
     for name, text in lines.items():
-        console.print(f"  {name:10} {text}", highlight=False)
+        console.print(f"  {name:11} {text}", highlight=False)
     table = Table("array group", "layers", "kv heads", "key dim", "value dim", "codec")
     for group in record["groups"]:
         table.add_row(*(str(value) for value in group.values()))

@@ -88,10 +88,11 @@ def begin_store(
     signal: dict[str, object] | None = None,
     tokenizer: Path | None = None,
     teacher: KVSpec | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Manifest, Calibration, list[list[int]]]:
     """Create the empty store; returns its manifest, calibration and the samples of each shard."""
     lengths = [len(ids) for ids in source.input_ids]
-    calibration = calibrate(source, codec)
+    calibration = calibrate(source, codec) if calibration is None else calibration
     groups = plan_groups(source.spec, parse_codecs(codec, source.spec.layer_numbers))
     layout = plan_layout(lengths, max(group.token_bytes for group in groups))
     tasks = [[index for index, _ in placed] for placed in fill_shards(lengths, layout)]
@@ -160,9 +161,10 @@ def write_store(
     tokenizer: Path | None = None,
     teacher: KVSpec | None = None,
     counts: Sequence[int] | None = None,
+    calibration: Calibration | None = None,
 ) -> Path:
     """A whole committed and compacted store of these samples."""
-    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher)
+    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher, calibration)
     for shard, indices in enumerate(tasks):
         write_shard(root, source, manifest, calibration, shard, indices, documents, texts, counts)
     compact(locate(root))
