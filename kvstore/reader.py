@@ -134,7 +134,7 @@ class Store:
             IndexError: no such sample.
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
-        OSError: the bucket cannot be reached.
+            OSError: the bucket cannot be reached.
         """
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
         batch = self.read_codes(sample_indices, wanted)

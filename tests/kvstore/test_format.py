@@ -455,6 +455,10 @@ def test_a_commit_lists_every_object_with_size_and_hash(written: Path) -> None:
     for stored in objects:  # type: ignore[attr-defined]  # the same
         content = (written / stored["path"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (stored["size_bytes"], stored["sha256"])
+        array = zarr.open_array(written / "kv.zarr" / stored["path"].split("/")[1], mode="r")
+        assert array.shards is not None
+        chunks = np.prod(np.array(array.shards) // np.array(array.chunks))
+        assert hashlib.sha256(content[-(16 * chunks + 4 + 4) :]).hexdigest() == stored["index_sha256"]
 
 
 @rule("5.3", "7.1", "7.2")
@@ -568,6 +572,23 @@ def test_a_shard_in_two_parts_counts_once(store_path: Path) -> None:
     assert len(list((store_path / "samples").glob("part-*.parquet"))) == 2
     samples = open_store(store_path).samples
     assert (samples.ids, len(samples)) == (before, len(before))
+
+
+@rule("6.5")
+def test_repeats_count_once_the_manifest_names_them(store_path: Path) -> None:
+    first = open_store(store_path).samples.ids[0]
+    body = {"part": 1, "counts": {first: 2}}
+    digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    (store_path / "samples/repeats-00001.json").write_text(json.dumps({**body, "sha256": digest}))
+    assert set(open_store(store_path).samples.count) == {1}
+    data = {**manifest_of(store_path)["data"], "parts": [{}, {"repeats": digest}]}  # type: ignore[dict-item]  # plain JSON
+    fingerprint = hashlib.sha256(canonical_json(data).encode()).hexdigest()
+    signal = manifest_of(store_path)["fingerprints"]["signal"]  # type: ignore[index]  # the same
+    reseal(store_path / "manifest.json", data=data, fingerprints={"signal": signal, "data": fingerprint})
+    assert open_store(store_path).samples.count.tolist() == [3] + [1] * (len(LENGTHS) - 1)
+    (store_path / "samples/repeats-00001.json").unlink()
+    with pytest.raises(StoreFormatError, match=r"repeats-00001\.json: hashes to nothing"):
+        _ = open_store(store_path).samples.count
 
 
 @rule("7.3")
