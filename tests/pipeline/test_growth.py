@@ -365,7 +365,7 @@ def _line(text: str, name: str) -> str:
     """A line of inspect with what the terminal's width wrapped."""
     lines = text.splitlines()
     (start_at,) = [number for number, line in enumerate(lines) if line.startswith(f"  {name} ")]
-    rest = [line for line in lines[start_at + 1 :]]
+    rest = lines[start_at + 1 :]
     wrapped = [line for number, line in enumerate(rest) if not any(later.startswith("  ") for later in rest[: number + 1])]
     return " ".join([lines[start_at], *wrapped])
 
