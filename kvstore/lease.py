@@ -126,7 +126,8 @@ def lease(
     finally:
         done.set()
         thread.join()
-        storage.delete(key)
+        with contextlib.suppress(OSError):  # what the block raised matters more, and a claim without touch expires
+            storage.delete(key)
 
 
 def _acquire(storage: Storage, key: str, own: Claim, wait: Callable[[str], object] | None, expiry_s: float) -> None:

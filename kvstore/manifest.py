@@ -146,6 +146,10 @@ class Manifest:
                 return group, group.layers.index(layer)
         raise ValueError(f"layers: got {layer}, but the store holds layers {list(self.spec.layer_numbers)}")
 
+    def codec_of(self, layer: int) -> Codec:
+        """The codec of a teacher layer."""
+        return codec_named(self.group_of(layer)[0].codec)
+
     def to_json(self) -> dict[str, Any]:
         body = dataclasses.asdict(self)
         return {

@@ -61,17 +61,9 @@ def create_store(
     Raises:
         StoreFormatError: there is something that is not the beginning of a store.
     """
-    keys = [entry.key for entry in storage.entries("")]
-    # What a creation leaves behind that died before its manifest lies beside this file.
-    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if _CREATING in keys else {STAGING}
-    strangers = {key.partition("/")[0] for key in keys} - ours
-    if strangers:
-        raise StoreFormatError(
-            f"--out: {storage.location} is not empty and is not a store being created (it holds "
-            f"{', '.join(sorted(strangers)[:5])}); choose a new folder"
-        )
+    refuse_strangers(storage)
     storage.write(_CREATING, b"", replace=True)
-    for entry in [*storage.entries(ARRAYS), *storage.entries(TOKENIZER)]:
+    for entry in [entry for folder in (ARRAYS, TOKENIZER, SAMPLES) for entry in storage.entries(folder)]:
         storage.delete(entry.key)  # of a creation that died before its manifest
     metadata: dict[str, str] = {}
     with storage.scratch("create") as scratch:
@@ -92,6 +84,23 @@ def create_store(
     write_manifest(storage, manifest)
     storage.delete(_CREATING)
     return manifest
+
+
+def refuse_strangers(storage: Storage) -> None:
+    """Make sure that a store can be created here.
+
+    Raises:
+        StoreFormatError: there is something that is not the beginning of a store.
+    """
+    keys = [entry.key for entry in storage.entries("")]
+    # What a creation leaves behind that died before its manifest lies beside this file.
+    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if _CREATING in keys else {STAGING}
+    strangers = {key.partition("/")[0] for key in keys} - ours
+    if strangers:
+        raise StoreFormatError(
+            f"--out: {storage.location} is not empty and is not a store being created (it holds "
+            f"{', '.join(sorted(strangers)[:5])}); choose a new folder"
+        )
 
 
 def extend_store(storage: Storage, manifest: Manifest) -> None:

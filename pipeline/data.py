@@ -105,7 +105,9 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     import fsspec
 
     try:
-        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
+        if path.suffix == ".zst":
+            _validate_zstd(path)
+        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig") as file:
             for number, line in enumerate(file):
                 if line.strip():
                     row = json.loads(line)
@@ -114,6 +116,23 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     yield row
     except (EOFError, OSError, ValueError, _zstd_error()) as error:
         raise ValueError(f"--data: {path} is not complete JSON lines: {error}; repair it or leave it out") from error
+
+
+def _validate_zstd(path: Path) -> None:
+    """Make sure the last frame is whole: readers of zstd take the end of the file for the end of the data."""
+    import zstandard
+
+    with path.open("rb") as file:
+        frame, fed = zstandard.ZstdDecompressor().decompressobj(), False
+        while block := file.read(1 << 20):
+            while block:
+                frame.decompress(block)
+                fed = not frame.eof
+                block = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+    if fed:
+        raise EOFError("the file ends inside a compressed frame")
 
 
 def _zstd_error() -> type[Exception]:
@@ -160,7 +179,19 @@ def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
     import datasets
     import huggingface_hub
 
+    from pipeline.models.resolve import HUB_TIMEOUT_S, within
+
     repo, _, config = name.partition(":")
+    # The bases of the hub's own error are the HTTP library's.
+    failures: tuple[type[BaseException], ...] = (OSError, ValueError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            within(HUB_TIMEOUT_S, lambda: huggingface_hub.HfApi().dataset_info(repo, timeout=HUB_TIMEOUT_S))
+    except failures as error:
+        raise ValueError(
+            f"--data: there is no file or folder {name!r} here, and the hub does not give a data set of that name "
+            f"({type(error).__name__}: {(str(error) or 'no answer').splitlines()[0]}); check the path, or the name and the connection"
+        ) from error
     try:
         yield from datasets.load_dataset(repo, config or None, split=split, streaming=True)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tqdm
 import transformers
 
@@ -31,7 +32,7 @@ from kvstore.manifest import Group, Manifest, plan_groups, read_manifest, refuse
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.storage import Folder, Storage, locate
-from kvstore.writer import create_store
+from kvstore.writer import create_store, refuse_strangers
 from pipeline.align import Alignment, default_student_layers
 from pipeline.config import ExtractConfig
 from pipeline.data import Sample, make_samples, read_documents, shuffled
@@ -106,6 +107,8 @@ def extract(
     """
     started = time.perf_counter()
     assert config.out is not None
+    storage = locate(config.out)
+    _refuse_early(config, storage)
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
@@ -115,7 +118,7 @@ def extract(
     run = _Run(
         config=config,
         resolved=resolved,
-        storage=locate(config.out),
+        storage=storage,
         tokenizer=tokenizer,
         samples=_samples(config, tokenizer, seq_len),
         seq_len=config.seq_len,
@@ -137,6 +140,18 @@ def extract(
     finally:
         executor.close()
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
+
+
+def _refuse_early(config: ExtractConfig, storage: Storage) -> None:
+    """What can be known to fail before data is read and a teacher loaded."""
+    if config.device.startswith("cuda") and config.ray_address is None and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device: got {config.device}, but torch sees no GPU; use cpu or auto, or install a CUDA build of torch"
+        )
+    try:
+        read_manifest(storage)
+    except StoreNotFoundError:
+        refuse_strangers(storage)
 
 
 def make_executor(config: ExtractConfig, resolved: ResolvedModel) -> Executor:

@@ -96,8 +96,8 @@ def append_part(store: Store, samples: Sequence[Sample], seq_len: int, run: dict
     fresh = _unstored(store, samples, planned)
     tasks = _tasks(store, fresh, planned)
     known = set(store.samples.ids)
-    write_repeats(store.storage, number, {sample.id: sample.count for sample in samples if sample.id in known})
-    record = {**data_record(samples, seq_len), "first_shard": planned, "num_shards": len(tasks)}
+    repeats = write_repeats(store.storage, number, {sample.id: sample.count for sample in samples if sample.id in known})
+    record = {**data_record(samples, seq_len), "first_shard": planned, "num_shards": len(tasks), "repeats": repeats}
     extend_store(
         store.storage,
         dataclasses.replace(

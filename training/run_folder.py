@@ -80,12 +80,19 @@ class RunFolder:
         """Keep a new run from mixing with another's files.
 
         Raises:
-            ValueError: the folder holds a run and `resume` was not asked for, or checkpoints of nobody knows what.
+            ValueError: the folder holds a run and `resume` was not asked for, or files that no run of ours wrote.
         """
-        if not (self.path / RUN).exists() and any(self.path.glob("checkpoint-*")):
-            raise ValueError(f"out: {self.path} holds checkpoints but no {RUN}; choose another --out")
+        strangers = [] if (self.path / RUN).exists() else sorted(entry.name for entry in self._entries())
+        if strangers:
+            raise ValueError(
+                f"out: {self.path} holds {', '.join(strangers[:5])} but no {RUN}, so it is no run of ours; choose another --out"
+            )
         if not resume and (self.path / RUN).exists():
             raise ValueError(f"out: {self.path} already holds a run; continue it with --resume, or choose another --out")
+
+    def _entries(self) -> list[Path]:
+        """What lies in the folder, but half-written files of a start that was cut off."""
+        return [entry for entry in self.path.glob("*") if not entry.name.endswith(".partial")] if self.path.is_dir() else []
 
     def refuse_other(self, identity: Mapping[str, Any], parts: Sequence[str]) -> None:
         """Compare some parts of an identity with that of the run in this folder.

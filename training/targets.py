@@ -172,7 +172,7 @@ def measure_variances(
         if not (np.isfinite(row) & (row > 0)).all():
             raise ValueError(
                 f"variance of targets: got {row.tolist()} (key, value) for student layer {student}, teacher layer {teacher} "
-                f"({store.location}), expected above 0. Leave the layer out with --layers, or lower sink_tokens ({sink_tokens})."
+                f"({store.location}), expected above 0. Leave the layer out with --set layers=..., or lower it with --set sink_tokens=... ({sink_tokens})."
             )
     return variances
 

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kvstore.reader import Store, open_store
+from kvstore.records import fingerprint
 from pipeline.models.probe import probe_kv_spec
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
@@ -48,12 +49,24 @@ def run_training(config: TrainConfig) -> TrainSummary:
     store = open_store(config.store)
     if _is_main():
         folder.refuse_unless_resuming(config.resume)
+        _tell_what_is_there(store)
     finished = folder.summary()
     if finished is not None:
-        folder.refuse_other(_identity(config, store, None), ("store", "config"))
+        folder.refuse_other(_identity(config, store, None), ("store", "samples", "config"))
         return finished
     with _threads(config.threads):
         return _train(config, folder, store)
+
+
+def _tell_what_is_there(store: Store) -> None:
+    committed, planned = len(store.samples.summary), store.manifest.layout.num_shards
+    if len(store) == 0:
+        raise ValueError(f"store: {store.location} has no committed sample yet; run its extraction first")
+    if committed < planned:
+        log.warning(
+            "store: %s has %d of %d shards; training on what is there, and only --resume on the same shards will continue it",
+            *(store.location, committed, planned),
+        )
 
 
 def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary:
@@ -162,6 +175,7 @@ def _identity(config: TrainConfig, store: Store, objective: KVObjective | None) 
     return to_plain(
         {
             "store": store.manifest.fingerprint,
+            "samples": fingerprint([store.samples.summary[name].to_pylist() for name in ("shard", "num_samples")]),
             "config": config.model_dump(mode="json", exclude=set(FREE_FIELDS)),
             "alignment": None if objective is None else objective.targets.alignment.to_json(),
             "variances": None if objective is None else objective.variances.tolist(),

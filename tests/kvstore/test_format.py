@@ -467,7 +467,7 @@ def test_a_commit_lists_every_object_with_size_and_hash(written: Path) -> None:
         assert (len(content), hashlib.sha256(content).hexdigest()) == (stored["size_bytes"], stored["sha256"])
         layout = open_store(written).manifest.layout
         chunks = layout.shard_tokens // layout.chunk_tokens * (1 if "input_ids" in stored["path"] else 3)
-        assert stored["index_sha256"] == hashlib.sha256(content[-(16 * chunks + 4) :]).hexdigest()
+        assert stored["index_sha256"] == hashlib.sha256(content[-(16 * chunks + 8) :]).hexdigest()
 
 
 @rule("5.2")
@@ -633,7 +633,7 @@ def test_an_object_lost_after_its_shard_was_first_read_raises(store_path: Path) 
     indices = np.flatnonzero(store.samples.shard == 1).tolist()
     store.read(indices)
     (store_path / "kv.zarr/key/c/0/1/0/0").unlink()
-    with pytest.raises(CorruptShardError, match="shard 1, samples"):
+    with pytest.raises(CorruptShardError, match="shard 1, sample "):
         store.read(indices)
 
 
@@ -661,10 +661,13 @@ def test_swapped_token_shards_raise_naming_shard_and_sample(tmp_path: Path) -> N
         twin = by_size.setdefault(file.stat().st_size, file)
         if twin is not file:
             break
-    contents = twin.read_bytes(), file.read_bytes()
     assert twin is not file, "no two shards of equal size: the size check alone would catch the swap"
-    twin.write_bytes(contents[1])
-    file.write_bytes(contents[0])
+    contents = {file: twin.read_bytes(), twin: file.read_bytes()}
+    listed = {file: commit_of(path, int(file.name))["objects"], twin: commit_of(path, int(twin.name))["objects"]}
+    for target, other in ((file, twin), (twin, file)):  # with records that fit, so that only the token ids are left to tell
+        target.write_bytes(contents[target])
+        swapped = {**listed[other][-1], "path": listed[target][-1]["path"]}  # type: ignore[index]  # plain JSON
+        reseal(path / f"commits/{int(target.name):05d}.json", objects=[*listed[target][:-1], swapped])  # type: ignore[index]  # the same
     store = open_store(path)
     index = int(np.flatnonzero(store.samples.shard == int(file.name))[0])
     with pytest.raises(CorruptShardError, match=rf"shard {file.name}, sample {index} \(id"):
@@ -794,10 +797,10 @@ def _grown(path: Path, source: Source) -> Source:
     fresh = random_source(source.spec, [90, 40], seed=5)
     manifest, storage = open_store(path).manifest, locate(path)
     known = open_store(path).samples.ids[0]
-    write_repeats(storage, len(manifest.data["parts"]), {known: 3})
+    repeats = write_repeats(storage, len(manifest.data["parts"]), {known: 3})
     assert open_store(path).samples.count[0] == 2, "counted before the manifest lists the part"
     planned = manifest.layout.num_shards
-    part = {**manifest.data["parts"][0], "first_shard": planned, "num_shards": 1}
+    part = {**manifest.data["parts"][0], "first_shard": planned, "num_shards": 1, "repeats": repeats}
     manifest = dataclasses.replace(
         manifest,
         layout=dataclasses.replace(manifest.layout, num_shards=planned + 1),
@@ -820,6 +823,9 @@ def test_a_store_grows_by_shards_and_known_samples_only_count(merged: Path, sour
     np.testing.assert_array_equal(store.read(range(len(before))).key, expected.key)
     np.testing.assert_array_equal(store.read([len(before)], layers=()).input_ids, fresh.input_ids[0])
     assert store.samples.count.tolist() == [5, *[2] * (len(before) - 1), 1, 1]
+    (path / "samples/repeats-00001.json").rename(path / "repeats")
+    with pytest.raises(StoreFormatError, match=r"repeats-00001\.json: hashes to nothing"):
+        _ = open_store(path).samples.count
     (path / "manifest.json").write_bytes(manifest)  # as if it had died before the manifest: the arrays are longer
     (path / f"commits/{before.manifest.layout.num_shards:05d}.json").unlink()
     np.testing.assert_array_equal(open_store(path).read(range(len(before))).key, expected.key)

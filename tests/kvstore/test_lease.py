@@ -86,10 +86,8 @@ def test_a_process_that_got_the_number_of_a_dead_one_does_not_block(tmp_path: Pa
 
 def test_a_claim_of_another_machine_blocks_until_it_is_old(tmp_path: Path) -> None:
     put_claim(tmp_path, age_s=EXPIRY_S - 60)
-    with (
-        pytest.raises(LeaseHeldError, match=r"kvpipe extract \(host far, pid 7\).*ends 120 s after its last sign of life"),
-        lease(locate(tmp_path), 7, 9, "kvpipe extract"),
-    ):
+    expected = r"kvpipe extract \(host far, pid 7\).*ends 120 s after its last sign of life"
+    with pytest.raises(LeaseHeldError, match=expected), lease(locate(tmp_path), 7, 9, "kvpipe extract"):
         pass
     with lease(locate(tmp_path), 8, 9, "kvpipe extract"):
         pass

@@ -42,6 +42,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=28,
         num_key_value_heads=4,
         intermediate_size=64,
+        initializer_range=0.02,
     )
     lay_out_hub_cache(path / "home", "Qwen/Qwen2-7B", checkpoint)
     return path / "home"
@@ -72,7 +73,7 @@ def test_a_preset_runs_offline_from_the_local_hub_cache(hub: Path, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert (summary["out"], summary["num_samples"]) == ("qwen2-7b-kv", 20)
+    assert (Path(summary["out"]), summary["num_samples"]) == (tmp_path / "qwen2-7b-kv", 20)
     assert "at most 1,000,000 tokens" in done.stderr
     assert "num_layers: the checkpoint has 2, preset 'qwen2-7b' expected 28" in done.stderr
     described = json.loads(kvpipe("inspect", "qwen2-7b-kv", "--json", cwd=tmp_path).stdout)
@@ -105,7 +106,7 @@ def test_without_the_cache_a_preset_fails_soon_in_one_message(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        pytest.param(["extract"], 1, "teacher: Field required", id="no-teacher"),
+        pytest.param(["extract"], 2, "--teacher is needed", id="no-teacher"),
         pytest.param(["extract", "--teacher", "./nowhere", "--data", "x.txt"], 2, "--data and --out are needed", id="no-out"),
         pytest.param(["extract", "--teacher", "./nowhere", "--data", "x", "--out", "o"], 1, "nowhere", id="bad-folder"),
         pytest.param(["extract", "--teacher", "gpt2", "--codec"], 2, "requires an argument", id="misuse"),
@@ -121,7 +122,7 @@ def test_without_the_cache_a_preset_fails_soon_in_one_message(tmp_path: Path) ->
             id="no-model",
         ),
         pytest.param(["extract", "--config", "none.toml"], 1, "none.toml cannot be read", id="no-config"),
-        pytest.param(["inspect", "nothing"], 1, "no store at nothing", id="no-store"),
+        pytest.param(["inspect", "nothing"], 1, "nothing: manifest.json is missing", id="no-store"),
         pytest.param(["train", "--student", "s", "--out", "o"], 1, "store: Field required", id="train-no-store"),
         pytest.param(["nonsense"], 2, "No such command 'nonsense'", id="no-command"),
     ],

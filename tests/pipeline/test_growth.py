@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from click.testing import CliRunner
 
 from kvstore import FingerprintMismatchError, LeaseHeldError, open_store
@@ -99,15 +98,6 @@ def state(path: Path) -> dict[str, tuple[int, bytes]]:
 def counts(path: Path) -> dict[str, int]:
     samples = open_store(path).samples
     return dict(zip(samples.ids, samples.count.tolist(), strict=True))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny teachers are faster so, and compute as the processes beside this one do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

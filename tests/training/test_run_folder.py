@@ -38,7 +38,7 @@ def test_a_folder_with_a_run_is_refused_unless_resuming(begun: RunFolder) -> Non
 def test_checkpoints_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
     add_checkpoint(RunFolder(tmp_path), 5)
     for resume in (False, True):
-        with pytest.raises(ValueError, match=f"holds checkpoints but no {RUN}"):
+        with pytest.raises(ValueError, match=f"holds checkpoint-5 but no {RUN}"):
             RunFolder(tmp_path).refuse_unless_resuming(resume)
 
 

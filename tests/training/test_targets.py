@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.manifest import MANIFEST
+from kvstore.manifest import write_manifest
 from kvstore.reader import Store, open_store
-from kvstore.records import staging_path, write_sealed
 from kvstore.spec import KVSpec, RopeSpec
+from kvstore.storage import locate
 from pipeline.align import Alignment
 from tests.stores import Source, random_source, small_spec, write_store
 from training.loader import KVDataset
@@ -38,7 +38,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory, numbers: Source) -> Store:
 def record_alignment(root: Path, alignment: Alignment) -> Store:
     """Write an alignment into a store's manifest, as extraction does."""
     manifest = dataclasses.replace(open_store(root).manifest, alignment=alignment.to_json())
-    write_sealed(root / MANIFEST, manifest.to_json(), staging_path(root, "manifest"))
+    write_manifest(locate(root), manifest)
     return open_store(root)
 
 
