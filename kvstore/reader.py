@@ -67,6 +67,7 @@ class Store:
         """Open a store; with `commits`, see these shards alone and no sample tables."""
         self.storage = locate(location)
         self.location = self.storage.location
+        read_manifest(self.storage)  # without one there is no store, whatever else lies here
         # Commits first: a manifest read after them knows all their shards, whoever extends the store meanwhile.
         self.samples = SampleTable(self.storage, commits)
         self.manifest: Manifest = read_manifest(self.storage)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,15 @@ from kvstore.writer import ShardWriter
 from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.models.resolve import resolve_model
-settings, kill_after, pause_s = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+settings, kill_after, gate = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 commit, commits = ShardWriter.commit, 0
 def counted(self, **options):
     global commits
     if commits == kill_after:
         os.kill(os.getpid(), 9)
+    while commits and gate and not os.path.exists(gate):
+        time.sleep(0.05)
     commits += 1
-    time.sleep(pause_s)
     return commit(self, **options)
 ShardWriter.commit = counted
 config = ExtractConfig(**settings)
@@ -67,9 +70,17 @@ def run(teacher: Path, data: Sequence[Path] | Path, out: Path, **more: Any) -> E
     return extract(config, resolve_model(config.teacher), say=lambda _: None)
 
 
-def start(settings: dict[str, Any], kill_after: int = -1, pause_s: float = 0.0) -> subprocess.Popen[bytes]:
+def start(settings: dict[str, Any], kill_after: int = -1, gate: Path | str = "") -> subprocess.Popen[bytes]:
+    """An extraction in a process of its own.
+
+    Args:
+        kill_after: commits after which it kills itself.
+        gate: after the first commit it waits for this file.
+    """
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, json.dumps(settings), str(kill_after), str(pause_s)], stderr=subprocess.PIPE
+        [sys.executable, "-c", DRIVER, json.dumps(settings), str(kill_after), str(gate)],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -240,13 +251,13 @@ def test_an_append_that_died_before_its_manifest_counts_nothing(
 def test_a_killed_append_goes_on_and_the_dead_ones_claim_does_not_block(
     teacher: Path, first: Path, second: Path, store: Path, whole: Path
 ) -> None:
-    process = start(settings_of(teacher, [second], store, append=True), kill_after=3)
-    assert process.wait(timeout=120) == -signal.SIGKILL
+    with start(settings_of(teacher, [second], store, append=True), kill_after=3) as process:
+        assert process.wait(timeout=120) == -signal.SIGKILL
     assert list((store / LEASES).iterdir()), "the killed process left no claim, so nothing is tested"
     assert len(open_store(store)) == 12 + 3
     assert run(teacher, first, store).new_shards == 0
     with pytest.raises(ValueError, match=r"--append: .* has 15 of 20 shards; finish it first"):
-        run(teacher, first.parent / "second.jsonl", store, append=True, limit=2)
+        run(teacher, second, store, append=True, limit=2)
     started = time.monotonic()
     assert run(teacher, second, store, append=True).new_shards == 5
     assert time.monotonic() - started < 60
@@ -298,42 +309,31 @@ def test_two_ray_workers_on_turned_documents_make_the_same_store(teacher: Path, 
     assert one.manifest.fingerprint == other.manifest.fingerprint
 
 
-def test_two_processes_with_a_half_each_make_the_store_of_one(
+def test_two_processes_with_a_half_each_make_the_store_of_one_and_a_third_is_told_who_holds_it(
     teacher: Path, first: Path, original: Path, tmp_path: Path
 ) -> None:
-    processes = [start(settings_of(teacher, [first], tmp_path / "store", task_range=f"{half}/2")) for half in (1, 2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    store, expected = open_store(tmp_path / "store"), open_store(original)
-    assert codes_by_id(store) == codes_by_id(expected)
-    assert store.manifest.fingerprint == expected.manifest.fingerprint
-    assert verify_store(str(tmp_path / "store"), deep=True).problems == ()
-    assert run(teacher, first, tmp_path / "store").new_shards == 0
-
-
-@pytest.fixture
-def slow_writer(teacher: Path, first: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with start(settings_of(teacher, [first], tmp_path / "store"), pause_s=0.4) as process:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "store").glob("commits/*.json")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield process
-
-
-def test_a_second_extractor_is_told_who_holds_the_shards(
-    slow_writer: subprocess.Popen[bytes], teacher: Path, first: Path, original: Path, tmp_path: Path
-) -> None:
-    config = ExtractConfig(**settings_of(teacher, [first], tmp_path / "store"))
-    with pytest.raises(LeaseHeldError, match=rf"kvpipe extract \(host .*, pid {slow_writer.pid}\) is writing the same shards"):
-        extract(config, resolve_model(config.teacher), say=lambda _: None)
-    with pytest.raises(LeaseHeldError, match=rf"kvpipe drop .*pid {slow_writer.pid}"):
-        drop_samples(str(tmp_path / "store"), [open_store(tmp_path / "store").samples.ids[0]])
-    assert slow_writer.wait(timeout=120) == 0
-    assert codes_by_id(open_store(tmp_path / "store")) == codes_by_id(open_store(original))
-    assert verify_store(str(tmp_path / "store"), deep=True).problems == ()
+    store, gate = tmp_path / "store", tmp_path / "gate"
+    with start(settings_of(teacher, [first], store, task_range="1/2"), gate=gate) as other:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(store.glob("commits/*.json")):
+                assert other.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            holder = rf"kvpipe extract \(host .*, pid {other.pid}\) is writing the same shards"
+            with pytest.raises(LeaseHeldError, match=holder):
+                run(teacher, first, store)
+            with pytest.raises(LeaseHeldError, match=holder):
+                drop_samples(str(store), [open_store(store).samples.ids[0]])
+            assert run(teacher, first, store, task_range="2/2").new_shards == 6
+            assert len(open_store(store)) < 12
+        finally:
+            gate.touch()
+        assert other.wait(timeout=120) == 0
+    assert codes_by_id(open_store(store)) == codes_by_id(open_store(original))
+    assert open_store(store).manifest.fingerprint == open_store(original).manifest.fingerprint
+    assert describe(open_store(store))["gate"].keys() == {"before", "after"}
+    assert verify_store(str(store), deep=True).problems == ()
 
 
 def invoke(*arguments: str, stdin: str | None = None) -> Any:
@@ -364,10 +364,8 @@ def test_the_commands_say_what_they_did(grown: Path, original: Path, tmp_path: P
 def _line(text: str, name: str) -> str:
     """A line of inspect with what the terminal's width wrapped."""
     lines = text.splitlines()
-    (start_at,) = [number for number, line in enumerate(lines) if line.startswith(f"  {name} ")]
-    rest = lines[start_at + 1 :]
-    wrapped = [line for number, line in enumerate(rest) if not any(later.startswith("  ") for later in rest[: number + 1])]
-    return " ".join([lines[start_at], *wrapped])
+    (number,) = [number for number, line in enumerate(lines) if line.startswith(f"  {name} ")]
+    return " ".join([lines[number], *itertools.takewhile(lambda line: not line.startswith("  "), lines[number + 1 :])])
 
 
 @pytest.mark.parametrize("command", ["merge", "recode", "drop"])
