@@ -215,7 +215,7 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
     chosen = load_config(TrainConfig, "train", config, settings, flags)
     from training.trainer import run_training
 
-    summary = run_training(chosen)
+    summary = run_training(chosen, say)
     _print_record(summary.model_dump(mode="json", exclude=set() if as_json else {"config"}), as_json)
 
 
