@@ -52,7 +52,6 @@ def run_training(config: TrainConfig, say: Callable[[str], None] = lambda text: 
     store = open_store(config.store)
     if _is_main():
         folder.refuse_unless_resuming(config.resume)
-        _tell_what_is_there(store)
     finished = folder.summary()
     if finished is not None:
         folder.refuse_other(_identity(config, store, None), ("store", "samples", "config"))
@@ -67,17 +66,6 @@ def run_training(config: TrainConfig, say: Callable[[str], None] = lambda text: 
         say(f"store: {committed} of {planned} shards of {store.location} are committed; training on what is there")
     with _threads(config.threads):
         return _train(config, folder, store)
-
-
-def _tell_what_is_there(store: Store) -> None:
-    committed, planned = len(store.samples.summary), store.manifest.layout.num_shards
-    if len(store) == 0:
-        raise ValueError(f"store: {store.location} has no committed sample yet; run its extraction first")
-    if committed < planned:
-        log.warning(
-            "store: %s has %d of %d shards; training on what is there, and only --resume on the same shards will continue it",
-            *(store.location, committed, planned),
-        )
 
 
 def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary:

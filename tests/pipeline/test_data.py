@@ -173,7 +173,9 @@ def test_another_text_field_is_read(tmp_path: Path) -> None:
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_message() -> None:
-    with pytest.raises(ValueError, match=r"no file or folder 'nobody/nothing:config' here, and .* cannot be read .* local files"):
+    with pytest.raises(
+        ValueError, match=r"no file or folder 'nobody/nothing:config' here, and .* cannot be read .* local files"
+    ):
         list(read_documents(["nobody/nothing:config"]))
 
 
