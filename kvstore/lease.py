@@ -60,7 +60,8 @@ class Claim:
         if self.machine != _machine():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_s) > 1
+            process = psutil.Process(self.pid)
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started_s) > 1
         except psutil.NoSuchProcess:
             return True
 
@@ -130,7 +131,8 @@ def lease(
     finally:
         done.set()
         thread.join()
-        storage.delete(key)
+        with contextlib.suppress(OSError):  # what the block raised matters more, and a claim without touch expires
+            storage.delete(key)
 
 
 def sweep(storage: Storage, purpose: str) -> None:

@@ -1,28 +1,30 @@
 """Where the files of a store lie: a local folder, or a bucket of an object store. Knows keys and bytes, not what they mean.
 
-A key is a relative path with slashes. Two implementations: a folder must sync and rename, a bucket has neither but creates and
-replaces whole objects at once. Bulk arrays are read by tensorstore from the same place.
+A key is a relative path with slashes. Two implementations: a folder, which must sync and rename, here, and `bucket.Bucket`, which
+has neither but creates and replaces whole objects at once. Bulk arrays are read by tensorstore from the same place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
+import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 from kvstore.errors import KVStoreError
 
 STAGING = ".staging"
 """Folder of a store for everything not yet committed; readers never look into it."""
-_TENSORSTORE_DRIVERS = {"s3": "s3", "gs": "gcs"}
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<rest>/?.*)")
+_BUCKET_SCHEMES = ("s3", "gs")
+_PREFIX = re.compile(r"[A-Za-z0-9!_.'()=,+@ -]+(/[A-Za-z0-9!_.'()=,+@ -]+)*")
+"""What every tool that reads a bucket takes as it stands; the rest is escaped by some and not by others."""
 
 
 class Entry(NamedTuple):
@@ -71,23 +73,32 @@ def locate(location: str | Path | Storage) -> Storage:
     """The storage at a path, at `s3://bucket/prefix` or at `gs://bucket/prefix`.
 
     Buckets take credentials, region and endpoint from the environment, as the vendors' tools do (AWS_ACCESS_KEY_ID,
-    AWS_REGION, AWS_ENDPOINT_URL and so on).
+    AWS_REGION, AWS_ENDPOINT_URL and so on); failing requests are repeated for KVPIPE_RETRY_S seconds.
 
     Raises:
-        KVStoreError: a URL of another scheme.
+        KVStoreError: a URL of another scheme, or one that programs would read differently.
     """
     if not isinstance(location, (str, Path)):
         return location
     text = str(location)
-    if "://" not in text:
+    url = _URL.fullmatch(text)
+    scheme, rest = (url["scheme"].lower(), url["rest"]) if url else ("", "")
+    if url is None or ("://" not in text and scheme not in (*_BUCKET_SCHEMES, "file")):
         # tensorstore takes no '..', and workers may run elsewhere
         return Folder(Path(os.path.abspath(Path(text).expanduser())))  # noqa: PTH100  # resolve() would follow links
-    url = urlsplit(text)
-    if url.scheme == "file":
-        return Folder(Path(url.path))
-    if url.scheme not in _TENSORSTORE_DRIVERS or not url.netloc or not url.path.strip("/"):
-        raise KVStoreError(f"store: got {text!r}, expected a folder, s3://bucket/prefix or gs://bucket/prefix")
-    return Bucket(url.scheme, url.netloc, url.path.strip("/"))
+    host, _, path = rest.removeprefix("/").partition("/")
+    if scheme == "file" and host in ("", "localhost") and rest.startswith("/") and path:
+        return Folder(Path(os.path.abspath(f"/{unquote(path)}")))  # noqa: PTH100
+    prefix = path.strip("/")
+    plain = _PREFIX.fullmatch(prefix) and not {".", ".."} & {*prefix.split("/")}
+    if scheme in _BUCKET_SCHEMES and rest.startswith("/") and host and plain:
+        from kvstore.bucket import Bucket
+
+        return Bucket(scheme, host, prefix)
+    raise KVStoreError(
+        f"store: got {text!r}, expected a folder, s3://bucket/prefix or gs://bucket/prefix, the prefix of letters, digits, spaces "
+        "and !_.'()=,+@- between single slashes"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +118,12 @@ class Folder:
             return file.read()
 
     def size(self, key: str) -> int | None:
-        path = self.root / key
-        return path.stat().st_size if path.is_file() else None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return (self.root / key).stat().st_size
+        return None
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        for folder, _, names in os.walk(self.root / prefix):
+        for folder, _, names in os.walk(self.root / prefix, onerror=_refuse_unreadable):
             for name in names:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # others may clean up meanwhile
@@ -167,109 +179,10 @@ class Folder:
         return staged
 
 
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """A prefix in an object store, by obstore: conditional puts, retries with growing pauses."""
-
-    scheme: str
-    bucket: str
-    prefix: str
-
-    @property
-    def location(self) -> str:
-        return f"{self.scheme}://{self.bucket}/{self.prefix}"
-
-    def read(self, key: str, last_bytes: int | None = None) -> bytes:
-        import obstore
-
-        with self._errors(key):
-            options = None if last_bytes is None else {"range": {"suffix": last_bytes}}
-            return bytes(obstore.get(self._client, key, options=options).bytes())  # type: ignore[arg-type]  # a suffix range
-
-    def size(self, key: str) -> int | None:
-        import obstore
-
-        try:
-            with self._errors(key):
-                return int(obstore.head(self._client, key)["size"])
-        except FileNotFoundError:
-            return None
-
-    def entries(self, prefix: str) -> Iterator[Entry]:
-        import obstore
-
-        with self._errors(prefix):
-            for page in obstore.list(self._client, prefix):
-                for found in page:
-                    yield Entry(str(found["path"]), int(found["size"]), found["last_modified"].timestamp())
-
-    def write(self, key: str, content: bytes | Path, *, replace: bool) -> bool:
-        import obstore
-
-        body = content.read_bytes() if isinstance(content, Path) else content
-        try:
-            with self._errors(key):
-                # One request: an upload in parts cannot be made conditional.
-                obstore.put(self._client, key, body, mode="overwrite" if replace else "create", use_multipart=False)
-        except FileExistsError:
-            return False
-        return True
-
-    def delete(self, key: str) -> None:
-        import obstore
-
-        with contextlib.suppress(FileNotFoundError), self._errors(key):
-            obstore.delete(self._client, key)
-
-    @contextlib.contextmanager
-    def scratch(self, stem: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix=f"kvpipe-{stem}-") as folder:
-            yield Path(folder)
-
-    def tensorstore_spec(self, key: str) -> dict[str, Any]:
-        spec: dict[str, Any] = {
-            "driver": _TENSORSTORE_DRIVERS[self.scheme],
-            "bucket": self.bucket,
-            "path": f"{self.prefix}/{key}/",
-        }
-        if self.scheme == "s3":
-            if "AWS_ACCESS_KEY_ID" in os.environ:
-                spec["aws_credentials"] = {"type": "environment"}  # else it looks for files, and says so on stderr
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-            spec |= {name: value for name, value in (("endpoint", endpoint), ("aws_region", region)) if value}
-        return spec
-
-    @property
-    def _client(self) -> Any:
-        return _client(self.location)
-
-    @contextlib.contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        """Turn what the client raises into the errors a folder gives."""
-        from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
-
-        where = f"{self.location}/{key}"
-        try:
-            yield
-        except (NotFoundError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"{where} does not exist") from error
-        except (AlreadyExistsError, PreconditionError, FileExistsError) as error:
-            raise FileExistsError(f"{where} exists") from error
-        except (BaseError, OSError) as error:
-            raise OSError(
-                f"{where}: {str(error).splitlines()[0]}; check the bucket, the credentials and AWS_ENDPOINT_URL in the "
-                "environment. What is committed is kept"
-            ) from error
-
-
-@functools.lru_cache(maxsize=16)
-def _client(location: str) -> Any:
-    """One connection pool per store and process."""
-    from obstore.store import from_url
-
-    plain = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return from_url(location, client_options={"allow_http": plain.startswith("http://")})
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder may be absent, but one that cannot be listed must not look empty."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _sync_folder(path: Path) -> None:

@@ -5,15 +5,20 @@ Results go to stdout, progress and messages to stderr. Exit status: 0 fine, 1 fa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+
+from pipeline import store_commands
+from pipeline.terminal import growth_lines, say
+from pipeline.terminal import print_record as _print_record
 
 _CONFIG_OPTIONS = (
     click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file with a table of settings."),
@@ -25,11 +30,6 @@ def _with_options(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]
     return lambda function: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
 
 
-def say(text: str) -> None:
-    """Tell the person at the terminal, without spoiling a result on stdout."""
-    click.echo(text, err=True)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="kvpipe")
 def cli() -> None:
@@ -39,6 +39,7 @@ def cli() -> None:
     kvpipe demo                                            the whole story on this machine, no download
     kvpipe extract --teacher qwen2-7b                      text -> store (a preset knows data, folder and size)
     kvpipe inspect qwen2-7b-kv                             what is in it; any Zarr tool opens qwen2-7b-kv/kv.zarr
+    kvpipe verify qwen2-7b-kv                              is every byte what was committed
     kvpipe train --store qwen2-7b-kv --student qwen2-0.5b  store -> student, no teacher in memory
     """
 
@@ -90,6 +91,8 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     preset = presets.teacher_preset(flags["teacher"]) if flags["teacher"] else None
     if preset is not None:
         defaults = {"data": (preset.data,), "out": preset.out, "max_tokens": preset.max_tokens}
+    if flags["teacher"] is None and config is None and not any(name.startswith("teacher=") for name in settings):
+        raise click.UsageError("--teacher is needed: a preset (kvpipe extract --list), a Hugging Face id, or a folder")
     chosen = load_config(ExtractConfig, "extract", config, settings, flags)
     missing = {name: value for name, value in defaults.items() if getattr(chosen, name) in (None, ())}
     chosen = ExtractConfig.model_validate({**chosen.model_dump(), **missing})
@@ -126,6 +129,65 @@ def inspect(store: str, as_json: bool) -> None:
         click.echo(json.dumps(record, indent=1))
     else:
         _print_description(record)
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--deep", is_flag=True, help="Decode every sample too, and check its tokens against its id.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify(store: str, deep: bool, as_json: bool) -> None:
+    """Check a store against its own records; exit status 1 when anything is wrong.
+
+    Fast: the seal of every record, size and sha256 of every object, tables against commits. Changes nothing.
+    """
+    from kvstore.verify import verify_store
+    from pipeline.repair import report_lines
+
+    with _bytes_bar("verify") as progress:
+        report = verify_store(store, deep=deep, progress=progress)
+    click.echo(json.dumps({**dataclasses.asdict(report), "ok": report.ok}) if as_json else "\n".join(report_lines(report)))
+    sys.exit(0 if report.ok else 1)
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--deep", is_flag=True, help="Look for damage as verify --deep does.")
+@click.option("--teacher", help="Where the teacher is now, if not where the store says.")
+@click.option("--data", multiple=True, help="Where the data is now; needed only where a commit record is lost.")
+@click.option("--device", help="cpu, cuda, cuda:1 ... or auto [auto].")
+@click.option("--workers", type=int, help="Ray workers, one teacher each; 0 runs in this process [0].")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def repair(store: str, deep: bool, as_json: bool, **settings: Any) -> None:
+    """Make damaged or missing shards of a store again, and only those; remove what killed writers left behind.
+
+    Runs the teacher the store was made with, and refuses another. Exit status 1 when something stays wrong.
+    """
+    from pipeline.repair import repair_store, report_lines
+
+    chosen = {name: value for name, value in settings.items() if value not in (None, ())}
+    with _bytes_bar("verify") as progress:
+        summary = repair_store(store, deep=deep, settings=chosen, progress=progress, say=say)
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(summary), "ok": summary.report.ok}))
+    else:
+        shards = ", ".join(map(str, summary.shards)) or "none"
+        click.echo(f"shards made again: {shards}; leftovers removed: {len(summary.removed)}")
+        click.echo("\n".join(report_lines(summary.report)))
+    sys.exit(0 if summary.report.ok else 1)
+
+
+@contextlib.contextmanager
+def _bytes_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for work that says how many bytes of how many are done."""
+    import tqdm
+
+    with tqdm.tqdm(desc=name, unit="B", unit_scale=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 @cli.command()
@@ -171,14 +233,8 @@ def demo(out: Path, workers: int, seed: int) -> None:
     run_demo(out, workers=workers, seed=seed, say=say)
 
 
-def _print_record(record: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(record, default=str))
-        return
-    width = max(map(len, record))
-    for name, value in record.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        click.echo(f"{name:{width}}  {shown}")
+for _command in (store_commands.merge, store_commands.recode, store_commands.drop):
+    cli.add_command(_command)
 
 
 def _print_description(record: dict[str, Any]) -> None:
@@ -199,12 +255,13 @@ def _print_description(record: dict[str, Any]) -> None:
         f"{record['shard_tokens']:,} tokens each in chunks of {record['chunk_tokens']}",
         "keys": f"{record['key_domain'].replace('_', '-')}, captured as {record['dtype']}",
         "alignment": _alignment_line(record["alignment"]),
+        **growth_lines(record),
         "signal": record["fingerprints"]["signal"][:16],
         "data": record["fingerprints"]["data"][:16],
         "created": f"{record['created']} by kvpipe {record['kvpipe_version']}",
     }
     for name, text in lines.items():
-        console.print(f"  {name:10} {text}", highlight=False)
+        console.print(f"  {name:11} {text}", highlight=False)
     table = Table("array group", "layers", "kv heads", "key dim", "value dim", "codec")
     for group in record["groups"]:
         table.add_row(*(str(value) for value in group.values()))

@@ -107,7 +107,7 @@ def _documents(name: str, rows: Iterable[Mapping[str, Any]], text_field: str) ->
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig") as file:  # type: ignore[type-var]  # typeshed asks more of it
             for number, line in enumerate(file):
                 if line.strip():
                     row = json.loads(line)
@@ -205,13 +205,15 @@ def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
     from huggingface_hub import HfApi, errors
 
     repo, _, config = name.partition(":")
+    # The bases of the hub's own error are the HTTP library's.
+    failures: tuple[type[BaseException], ...] = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
     try:
         # Asked first, as for models: by itself the library retries for half a minute.
         within(HUB_TIMEOUT_S, lambda: HfApi().dataset_info(repo, timeout=HUB_TIMEOUT_S))
         import datasets
 
         yield from datasets.load_dataset(repo, config or None, split=split, streaming=True)
-    except (OSError, ValueError, *errors.HfHubHTTPError.__bases__) as error:  # the HTTP library's own error among them
+    except failures as error:
         raise ValueError(
             f"--data: there is no file or folder {name!r} here, and the hub data set {repo!r} cannot be read "
             f"({one_line(error)}); check its name and split and the connection, or give local files with --data FILE"

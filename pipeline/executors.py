@@ -18,6 +18,8 @@ _MAX_LOST_IN_A_ROW = 5
 _READY_TIMEOUT_S = 1800.0
 # Ray's minimum is about 75 MiB; no tensor ever passes through it.
 _OBJECT_STORE_BYTES = 100 * 2**20
+_PASSED_ON = ("AWS_", "GOOGLE_", "KVPIPE_")
+"""Beginnings of the environment variables that say how to reach a bucket."""
 
 
 class ExecutorError(RuntimeError):
@@ -119,7 +121,9 @@ class RayExecutor:
             )
         cpus = max(int(resources["CPU"]) // workers, 1) if not gpus else 1
         remote = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Worker)
-        return lambda: remote.remote(source)
+        # As an argument: Ray shows what it is told as a runtime environment to everyone on its dashboard.
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        return lambda: remote.remote(source, environment)
 
     def describe(self) -> TeacherInfo:
         answers = [actor.describe.remote() for actor in self._idle]

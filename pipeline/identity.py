@@ -56,7 +56,7 @@ def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]
     data = tuple(_absolute(part) for part in config.data)
     settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
     return settings.model_dump(
-        mode="json", exclude={"out", "append", "accept_fidelity", "task_range", "workers", "ray_address", "device"}
+        mode="json", exclude={"out", "append", "accept_fidelity", "max_bytes", "task_range", "workers", "ray_address", "device"}
     )
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -88,7 +90,13 @@ class TaskResult:
 class Worker:
     """Loads a teacher once, then computes and writes tasks; used by one thread."""
 
-    def __init__(self, source: TeacherSource) -> None:
+    def __init__(self, source: TeacherSource, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Load the teacher.
+
+        Args:
+            environment: variables a process on another machine lacks: a bucket's credentials.
+        """
+        os.environ.update(environment)
         self._model: Any = load_causal_lm(source.path, dtype=source.dtype, device=source.device)
         probe_causal(self._model)
         self._spec = probe_kv_spec(self._model)

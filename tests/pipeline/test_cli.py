@@ -106,7 +106,7 @@ def test_without_the_cache_a_preset_fails_soon_in_one_message(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        pytest.param(["extract"], 1, "teacher: Field required", id="no-teacher"),
+        pytest.param(["extract"], 2, "--teacher is needed", id="no-teacher"),
         pytest.param(["extract", "--teacher", "./nowhere", "--data", "x.txt"], 2, "--data and --out are needed", id="no-out"),
         pytest.param(["extract", "--teacher", "./nowhere", "--data", "x", "--out", "o"], 1, "nowhere", id="bad-folder"),
         pytest.param(["extract", "--teacher", "gpt2", "--codec"], 2, "requires an argument", id="misuse"),

@@ -256,3 +256,21 @@ def test_shuffling_keeps_every_document_and_depends_on_the_seed_alone(buffer: in
 def test_the_shuffle_is_pinned() -> None:
     documents = [Document(source=str(number), text="") for number in range(8)]
     assert [int(document.source) for document in shuffled(documents, 7)] == [3, 1, 2, 0, 5, 4, 6, 7]
+
+
+def test_a_zst_file_cut_off_inside_a_frame_is_refused_even_if_nothing_of_it_decodes(tmp_path: Path) -> None:
+    import zstandard
+
+    lines = "".join(json.dumps({"text": f"line {number} " + "x" * 50}) + "\n" for number in range(3_000)).encode()
+    whole = zstandard.compress(lines[:60_000]) + zstandard.compress(lines[60_000:])
+    (tmp_path / "whole.jsonl.zst").write_bytes(whole)
+    assert len(list(read_documents([str(tmp_path / "whole.jsonl.zst")]))) == 3_000
+    for size in (20, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.jsonl.zst").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.jsonl\.zst is not complete JSON lines"):
+            list(read_documents([str(tmp_path / "*.zst")]))
+
+
+def test_a_byte_order_mark_before_json_lines_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "hello"}\n')
+    assert [document.text for document in read_documents([str(tmp_path / "bom.jsonl")])] == ["hello"]

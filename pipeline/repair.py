@@ -1,0 +1,231 @@
+"""Repairing a store: what a verification found bad or missing is made again, and nothing else.
+
+Tables are rebuilt from commits, leftovers of killed writers removed, damaged shards extracted again: from the tokens or texts the
+store still holds where its commit record is whole, by planning the data again where that is lost. Knows no command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvstore import KVStoreError, Store
+from kvstore.arrays import open_array
+from kvstore.commits import Commit, SampleRow, commit_key, read_commit, sample_id
+from kvstore.lease import EVERYTHING, lease
+from kvstore.manifest import SAMPLES, refuse_mismatch
+from kvstore.samples import compact
+from kvstore.storage import Storage, locate
+from kvstore.verify import Progress, Report, verify_store
+from pipeline.align import Alignment
+from pipeline.config import ExtractConfig
+from pipeline.extract import extract, make_executor
+from pipeline.identity import signal_record
+from pipeline.models.load import load_tokenizer
+from pipeline.models.resolve import resolve_model
+from pipeline.plan import Task, TaskSample
+from pipeline.worker import Job
+
+Say = Callable[[str], None]
+
+_MENDABLE = {"shard", "commit", "tables", "gate"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RepairSummary:
+    """What a repair did."""
+
+    shards: tuple[int, ...]
+    """Shards written again."""
+    removed: tuple[str, ...]
+    """Leftovers removed."""
+    report: Report
+    """Of the verification afterwards."""
+
+
+def repair_store(
+    location: str,
+    *,
+    deep: bool = False,
+    settings: dict[str, Any] | None = None,
+    progress: Progress = lambda *_: None,
+    say: Say = lambda _: None,
+) -> RepairSummary:
+    """Verify, mend, and verify again.
+
+    Args:
+        settings: of the extraction to run instead of the recorded ones: `teacher`, `data`, `device`, `workers` and so on.
+
+    Raises:
+        KVStoreError: something is damaged that extracting again cannot mend, or the store was not extracted but merged.
+        FingerprintMismatchError: the teacher or the data is not the store's.
+        LeaseHeldError: somebody is writing into the store.
+    """
+    storage = locate(location)
+    with lease(storage, *EVERYTHING, f"kvpipe repair {storage.location}"):
+        found = verify_store(storage.location, deep=deep, progress=progress)
+        hopeless = [problem.message for problem in found.problems if problem.part not in _MENDABLE]
+        if hopeless:
+            raise KVStoreError(
+                "this cannot be made again by extracting; restore it from a copy, or extract into a new folder:\n  "
+                + "\n  ".join(hopeless)
+            )
+        removed = _remove_orphans(storage, found)
+        known, lost = _sort_bad_shards(storage, found)
+        if any(problem.part == "tables" for problem in found.problems) or found.bad_shards:
+            _delete_tables(storage)
+        if any(problem.part == "gate" for problem in found.problems):
+            storage.delete("gate.json")
+        if known:
+            say(f"extracting again: shard {', '.join(str(commit.shard) for commit in known)}")
+            lost += _extract_again(storage, known, settings or {})
+        for shard in lost:
+            storage.delete(commit_key(shard))
+        compact(storage)
+    if lost:
+        say(f"planning the data again for shard {', '.join(map(str, lost))}")
+        for config in _configs_of(storage, lost, settings or {}):
+            extract(config, resolve_model(config.teacher, config.revision), say)
+    return RepairSummary(
+        shards=tuple(sorted({commit.shard for commit in known} | set(lost))),
+        removed=removed,
+        report=verify_store(storage.location, deep=deep, progress=progress),
+    )
+
+
+def _remove_orphans(storage: Storage, found: Report) -> tuple[str, ...]:
+    """Our own lease is alive, so staging is not among the orphans yet: nobody else writes, all of it but leases goes."""
+    staged = [entry.key for entry in storage.entries(".staging") if not entry.key.startswith(".staging/leases/")]
+    removed = sorted({*found.orphans, *staged})
+    for key in removed:
+        storage.delete(key)
+    return tuple(removed)
+
+
+def _sort_bad_shards(storage: Storage, found: Report) -> tuple[list[Commit], list[int]]:
+    """Bad shards whose commit record still says what belongs there, and those where it does not."""
+    misplaced = {problem.shard for problem in found.problems if problem.part == "commit"}
+    known: list[Commit] = []
+    lost: list[int] = []
+    for shard in found.bad_shards:
+        if shard in misplaced:
+            lost.append(shard)
+        else:
+            known.append(read_commit(storage, shard))
+    return known, lost
+
+
+def _delete_tables(storage: Storage) -> None:
+    for entry in [*storage.entries(SAMPLES)]:
+        if entry.key.endswith(".parquet"):
+            storage.delete(entry.key)
+
+
+def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[str, Any]) -> list[int]:
+    """Compute shards from the samples their commits name; returns those whose tokens are lost."""
+    store = Store(storage, commits)
+    config = _recorded_config(store, commits[0].shard, settings)
+    resolved = resolve_model(config.teacher, config.revision)
+    tokenizer = load_tokenizer(resolved.path)
+    tasks, lost = _tasks_of(store, commits, tokenizer)
+    if not tasks:
+        return lost
+    executor = make_executor(config, resolved)
+    try:
+        manifest = store.manifest
+        alignment = None if manifest.alignment is None else Alignment.from_json(manifest.alignment)
+        codecs = {layer: manifest.codec_of(layer) for layer in manifest.spec.layer_numbers}
+        wanted = signal_record(resolved, tokenizer, executor.describe(), manifest.spec, alignment, codecs)
+        stored = {name: value for name, value in manifest.signal.items() if name != "calibration"}
+        refuse_mismatch(storage.location, stored=stored, wanted=wanted, what="the signal")
+        job = Job(
+            store=storage.location,
+            layers=manifest.spec.layer_numbers,
+            alignment=alignment.to_json() if alignment and alignment.baked else None,
+            batch_tokens=config.batch_tokens,
+        )
+        for _ in executor.run(job, tasks, replace=True):
+            pass
+    finally:
+        executor.close()
+    return lost
+
+
+def _tasks_of(store: Store, commits: Iterable[Commit], tokenizer: Any) -> tuple[list[Task], list[int]]:
+    tasks: list[Task] = []
+    lost: list[int] = []
+    for commit in commits:
+        start = commit.shard * store.manifest.layout.shard_tokens
+        found = [(row, _tokens_of(store, row, tokenizer)) for row in commit.samples]
+        if any(tokens is None for _, tokens in found):
+            lost.append(commit.shard)
+            continue
+        samples = tuple(
+            TaskSample(row=row, offset=row.token_start - start, input_ids=tokens) for row, tokens in found if tokens is not None
+        )
+        tasks.append(Task(shard=commit.shard, samples=samples))
+    return tasks, lost
+
+
+def _tokens_of(store: Store, row: SampleRow, tokenizer: Any) -> np.ndarray | None:
+    """A sample's token ids from the grid, or from its text; what its id does not prove is not used."""
+    try:
+        rows = open_array(store.storage, store.manifest, "input_ids")[row.token_start : row.token_start + row.num_tokens]
+        tokens = np.asarray(rows.read().result(), dtype=np.int32)
+        if sample_id(tokens) == row.id:
+            return tokens
+    except (ValueError, OSError):
+        pass
+    if row.text is not None:
+        tokens = np.array(tokenizer(row.text, verbose=False)["input_ids"], dtype=np.int32)
+        if sample_id(tokens) == row.id:
+            return tokens
+    return None
+
+
+def _recorded_config(store: Store, shard: int, settings: dict[str, Any]) -> ExtractConfig:
+    """The settings of the part a shard belongs to, with what the caller changes.
+
+    Raises:
+        KVStoreError: the part was not extracted.
+    """
+    for part, run in zip(store.manifest.data.get("parts", ()), store.manifest.runs, strict=True):
+        if part["first_shard"] <= shard < part["first_shard"] + part["num_shards"]:
+            if "teacher" not in run:
+                raise KVStoreError(
+                    f"shard {shard}: it was not extracted but made from other stores ({run}); verify and repair those, and make "
+                    "this one again"
+                )
+            return ExtractConfig.model_validate({**run, "out": store.location, "accept_fidelity": True, **settings})
+    raise KVStoreError(f"shard {shard}: no part of the manifest holds it ({store.location})")
+
+
+def _configs_of(storage: Storage, shards: Iterable[int], settings: dict[str, Any]) -> list[ExtractConfig]:
+    """The extractions that will fill these shards, one for each part concerned."""
+    store = Store(storage)
+    return list(
+        {config.model_dump_json(): config for config in (_recorded_config(store, s, settings) for s in shards)}.values()
+    )
+
+
+def report_lines(report: Report) -> list[str]:
+    """What a person wants to know of a verification."""
+    depth = "deep" if report.deep else "fast"
+    lines = [
+        f"{report.location}: {'INTACT' if report.ok else 'DAMAGED'} ({depth}: {report.num_committed} of {report.num_shards} shards, "
+        f"{report.num_samples:,} samples, {report.num_bytes / 1e6:,.1f} MB read)"
+    ]
+    lines += [f"  {problem.part:9} {problem.message}" for problem in report.problems]
+    if report.num_committed < report.num_shards and report.ok:
+        lines.append(
+            f"  {report.num_shards - report.num_committed} shards are not committed yet: the same extract command goes on"
+        )
+    lines += [f"  in use by  {writer}" for writer in report.writers]
+    if report.orphans:
+        size = f"{len(report.orphans)} leftover files of killed writers, such as {Path(report.orphans[0])}"
+        lines.append(f"  {size}; harmless, 'kvpipe repair' removes them")
+    return lines
