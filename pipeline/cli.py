@@ -22,7 +22,11 @@ from pipeline.terminal import growth_lines, say
 from pipeline.terminal import print_record as _print_record
 
 _CONFIG_OPTIONS = (
-    click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file with a table of settings, or the name of a shipped recipe such as qwen2-7b-to-0.5b."),
+    click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file with a table of settings, or the name of a shipped recipe such as qwen2-7b-to-0.5b.",
+    ),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting by name; repeat for more."),
 )
 

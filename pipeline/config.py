@@ -128,7 +128,9 @@ def _read_table(file: Path, section: str) -> dict[str, Any]:
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"--config: there is no file {file} and no recipe of that name; recipes are {', '.join(recipes())}") from None
+        raise ValueError(
+            f"--config: there is no file {file} and no recipe of that name; recipes are {', '.join(recipes())}"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"--config: {file} cannot be read as TOML: {error}") from None
     table = document.get(section)
