@@ -27,7 +27,7 @@ from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fin
 from kvstore.codec import KINDS, Codec, format_codecs, parse_codecs
 from kvstore.commits import committed_shards
 from kvstore.gate import read_gate, write_gate
-from kvstore.lease import LAYOUT, lease
+from kvstore.lease import LAYOUT, lease, sweep
 from kvstore.manifest import Group, Manifest, plan_groups, read_manifest, refuse_mismatch
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
@@ -45,6 +45,7 @@ from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, append_part, find_part, first_part, refuse_other_data
 from pipeline.plan import Task, estimate_bytes, task_range
+from pipeline.preflight import existing_folder, refuse_device, refuse_out
 from pipeline.worker import Job, Moments, TaskResult, TeacherInfo, TeacherSource, merge_moments
 
 Say = Callable[[str], None]
@@ -108,7 +109,8 @@ def extract(
     started = time.perf_counter()
     assert config.out is not None
     storage = locate(config.out)
-    _refuse_early(config, storage)
+    refuse_out(storage)
+    refuse_device(config)
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
@@ -134,9 +136,10 @@ def extract(
         tasks = [part.tasks[index] for index in chosen]
         with lease(run.storage, part.first_shard + chosen.start, part.first_shard + chosen.stop, "kvpipe extract"):
             results, seconds = _run_tasks(run, executor, signal.job, tasks)
-            # Under the lease, for a drop at the same time would find its texts written into a table again.
-            compact(run.storage)
-            _gate_after(run, signal, executor)
+        compact(run.storage)
+        _gate_after(run, signal, executor)
+        if len(committed_shards(storage)) == read_manifest(storage).layout.num_shards:
+            sweep(storage, "kvpipe extract")
     finally:
         executor.close()
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
@@ -242,8 +245,7 @@ def _announce(run: _Run, signal: _Signal) -> None:
     size = estimate_bytes(signal.stored, signal.codecs, tokens)
     free = ""
     if isinstance(run.storage, Folder):
-        existing = next(folder for folder in (run.storage.root, *run.storage.root.absolute().parents) if folder.exists())
-        free = f" ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)"
+        free = f" ({shutil.disk_usage(existing_folder(run.storage.root)).free / 1e9:.0f} GB free)"
     run.say(
         f"{config.teacher}: {len(run.samples):,} samples, {tokens:,} tokens, {len(signal.stored.layers)} layers "
         f"({format_layers(signal.stored.layer_numbers)}), codec {format_codecs(signal.codecs)}: about {size / 1e9:.3g} GB into "
