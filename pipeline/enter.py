@@ -145,7 +145,7 @@ def gate_after(run: Run, signal: Signal, executor: Executor) -> None:
         result = executor.ask("gate", signal.job, sequences, format_codecs(signal.codecs), None)
     record = {**result.to_json(), "passed": result.passes(run.config.max_kl), "limit": run.config.max_kl, "parts": parts}
     write_gate(run.storage, "after", record)
-    _judge(run, "gate on what is stored", result, [])
+    _judge(run, "gate after the last shard", result, [])
 
 
 def _judge(run: Run, what: str, result: GateResult, alternatives: list[GateResult]) -> dict[str, Any]:
