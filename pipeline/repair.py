@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvstore import KVStoreError, Store
-from kvstore.arrays import open_array
+from kvstore.arrays import open_array, unreachable
 from kvstore.commits import Commit, SampleRow, commit_key, read_commit, sample_id
 from kvstore.drop import read_dropped
 from kvstore.lease import EVERYTHING, lease
@@ -181,8 +181,10 @@ def _tokens_of(store: Store, row: SampleRow, tokenizer: Any) -> np.ndarray | Non
         tokens = np.asarray(rows.read().result(), dtype=np.int32)
         if sample_id(tokens) == row.id:
             return tokens
-    except (ValueError, OSError):
-        pass
+    except (ValueError, FileNotFoundError) as error:
+        # Not being able to ask is no loss of data; a commit record would be given up for it.
+        if isinstance(error, ValueError) and unreachable(error):
+            raise OSError(f"{store.location}: {error}; see to the connection and try again") from error
     if row.text is not None:
         tokens = np.array(tokenizer(row.text, verbose=False)["input_ids"], dtype=np.int32)
         if sample_id(tokens) == row.id:
