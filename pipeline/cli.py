@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +22,37 @@ from pipeline.terminal import growth_lines, say
 from pipeline.terminal import print_record as _print_record
 
 _CONFIG_OPTIONS = (
-    click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file with a table of settings."),
+    click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file with a table of settings, or the name of a shipped recipe such as qwen2-7b-to-0.5b.",
+    ),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting by name; repeat for more."),
 )
 
 
 def _with_options(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
     return lambda function: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
+
+
+_NEEDED = {
+    "teacher": "a preset (kvpipe extract --list), a Hugging Face id, or a folder",
+    "store": "a folder made by kvpipe extract, or s3://bucket/prefix",
+    "student": "a preset, a Hugging Face id, a folder, or a TOML file with a fresh config",
+    "out": "the folder of the run",
+}
+
+
+@contextlib.contextmanager
+def _misuse() -> Iterator[None]:
+    """Settings that are needed and missing are a wrong use of the command; each is named with what it takes."""
+    from pipeline.config import MissingSettingsError
+
+    try:
+        yield
+    except MissingSettingsError as error:
+        flags = "; ".join(f"--{name} is needed: {_NEEDED[name]}" for name in error.names)
+        raise click.UsageError(f"{flags}. A table [{error.section}] in --config FILE can say it too") from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -91,9 +116,8 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     preset = presets.teacher_preset(flags["teacher"]) if flags["teacher"] else None
     if preset is not None:
         defaults = {"data": (preset.data,), "out": preset.out, "max_tokens": preset.max_tokens}
-    if flags["teacher"] is None and config is None and not any(name.startswith("teacher=") for name in settings):
-        raise click.UsageError("--teacher is needed: a preset (kvpipe extract --list), a Hugging Face id, or a folder")
-    chosen = load_config(ExtractConfig, "extract", config, settings, flags)
+    with _misuse():
+        chosen = load_config(ExtractConfig, "extract", config, settings, flags)
     missing = {name: value for name, value in defaults.items() if getattr(chosen, name) in (None, ())}
     chosen = ExtractConfig.model_validate({**chosen.model_dump(), **missing})
     if not chosen.data or chosen.out is None:
@@ -212,7 +236,8 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
     from training.config import TrainConfig
 
     flags["learning_rate"] = flags.pop("lr")
-    chosen = load_config(TrainConfig, "train", config, settings, flags)
+    with _misuse():
+        chosen = load_config(TrainConfig, "train", config, settings, flags)
     from training.trainer import run_training
 
     summary = run_training(chosen, say)
@@ -291,7 +316,19 @@ def _alignment_line(alignment: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Entry point of `kvpipe`: turns expected errors into one readable message."""
+    """Entry point of `kvpipe`: quiet where whoever reads our output has had enough, as `head` has."""
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at exit, and tells
+        sys.exit(1)
+
+
+def _run() -> None:
+    """Run the command; expected errors become one readable message."""
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:

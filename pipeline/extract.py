@@ -96,8 +96,9 @@ def extract(
         tasks = [part.tasks[index] for index in chosen]
         with lease(run.storage, part.first_shard + chosen.start, part.first_shard + chosen.stop, "kvpipe extract"):
             results, seconds = _run_tasks(run, executor, signal.job, tasks)
-        compact(run.storage)
-        gate_after(run, signal, executor)
+            # Under the lease, for a drop at the same time would find its texts written into a table again.
+            compact(run.storage)
+            gate_after(run, signal, executor)
         if len(committed_shards(storage)) == read_manifest(storage).layout.num_shards:
             sweep(storage, "kvpipe extract")
     finally:

@@ -393,6 +393,12 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(ray_cluster: None
         RayExecutor(source, 64)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_the_cluster_does_not_have_is_refused_at_once(ray_cluster: None, teacher: Path) -> None:
+    with pytest.raises(ExecutorError, match="device: got cuda, but the Ray cluster has no GPU"):
+        RayExecutor(TeacherSource(path=teacher, dtype="auto", device="cuda"), 1)
+
+
 def test_an_error_in_a_ray_worker_comes_out_as_itself(ray_cluster: None, teacher: Path, corpus: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(teacher, tmp_path / "broken"))
     weights = broken / "model.safetensors"
