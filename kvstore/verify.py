@@ -84,6 +84,7 @@ class _Verification:
         self._storage, self._deep, self._progress = storage, deep, progress
         self._problems: list[Problem] = []
         self._bytes = 0
+        self._dropped: list[str] = []
 
     def run(self) -> Report:
         try:
@@ -137,7 +138,7 @@ class _Verification:
                     "tokenizer", f"{TOKENIZER}/{name}: hashes to {actual}, the manifest says {expected}; restore the file"
                 )
         try:
-            dropped = read_dropped(self._storage)
+            self._dropped = dropped = read_dropped(self._storage)
             if (manifest.data.get("dropped") or None) != (fingerprint(dropped) if dropped else None):
                 self._add("tables", f"{SAMPLES}/dropped.json: not the list the manifest names; restore it, or drop again")
             read_repeats(self._storage, manifest)
@@ -189,8 +190,16 @@ class _Verification:
 
     def _ids(self, commits: list[Commit]) -> None:
         seen: dict[str, int] = {}
+        dropped = set(self._dropped)
         for commit in commits:
             for row in commit.samples:
+                if row.id in dropped:
+                    self._add(
+                        "shard",
+                        f"shard {commit.shard}, sample {row.id}: dropped, but still stored; the drop was interrupted, run it again",
+                        commit.shard,
+                        row.id,
+                    )
                 if row.id in seen:
                     self._add(
                         "shard",

@@ -41,8 +41,28 @@ from kvstore.storage import STAGING, Storage
 
 _OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE}
 _CREATING = f"{STAGING}/creating"
-_MOST_SHOWN = 5
 _EXACT = {"centred_error": 0.0, "max_abs_error": 0.0}
+_MOST_SHOWN = 5
+
+
+def refuse_strangers(storage: Storage) -> None:
+    """Make sure that a store may be created here: there is nothing, or what a creation leaves that died before its manifest.
+
+    Raises:
+        StoreFormatError: there is something that is not the beginning of a store.
+    """
+    # What such a creation leaves lies beside this file.
+    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if storage.size(_CREATING) is not None else {STAGING}
+    strangers: set[str] = set()
+    for entry in storage.entries(""):
+        strangers |= {entry.key.partition("/")[0]} - ours
+        if len(strangers) == _MOST_SHOWN:
+            break  # it may be somebody's home
+    if strangers:
+        raise StoreFormatError(
+            f"--out: {storage.location} is not empty and is not a store being created (it holds "
+            f"{', '.join(sorted(strangers))}); choose a new folder"
+        )
 
 
 def create_store(
@@ -85,26 +105,6 @@ def create_store(
     write_manifest(storage, manifest)
     storage.delete(_CREATING)
     return manifest
-
-
-def refuse_strangers(storage: Storage) -> None:
-    """Make sure that a store may be created here: there is nothing, or what a creation leaves that died before its manifest.
-
-    Raises:
-        StoreFormatError: there is something that is not the beginning of a store.
-    """
-    # What such a creation leaves lies beside this file.
-    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if storage.size(_CREATING) is not None else {STAGING}
-    strangers: set[str] = set()
-    for entry in storage.entries(""):
-        strangers |= {entry.key.partition("/")[0]} - ours
-        if len(strangers) == _MOST_SHOWN:
-            break  # it may be somebody's home
-    if strangers:
-        raise StoreFormatError(
-            f"--out: {storage.location} is not empty and is not a store being created (it holds "
-            f"{', '.join(sorted(strangers))}); choose a new folder"
-        )
 
 
 def extend_store(storage: Storage, manifest: Manifest) -> None:

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -195,8 +194,3 @@ def get_raw(location: str) -> bytes:
     name, key = s3_path(location)
     content: bytes = raw_client().get_object(Bucket=name, Key=key)["Body"].read()
     return content
-
-
-def temporary_files(part: str) -> list[Path]:
-    """Leftovers with a name like this in the folder for temporary files."""
-    return [path for path in Path(tempfile.gettempdir()).iterdir() if part in path.name]

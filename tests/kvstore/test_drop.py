@@ -159,6 +159,8 @@ def test_an_interrupted_drop_is_finished_by_the_next(objects: int, then: str, pa
     gone = [ids[1], ids[8], ids[20]]
     done = subprocess.run([sys.executable, "-c", KILLED, str(path), str(objects), *gone], check=False)
     assert done.returncode == -signal.SIGKILL
+    left = {problem.sample for problem in verify_store(str(path)).problems if "the drop was interrupted" in problem.message}
+    assert left == set(gone[objects // 5 :]), "verify does not say which dropped samples are still there"
     more = gone if then == "same" else [ids[12]]
     drop_samples(str(path), more)
     expected = {identity: codes for identity, codes in before.items() if identity not in {*gone, *more}}

@@ -23,11 +23,13 @@ from kvstore.drop import drop_samples
 from kvstore.lease import LEASES
 from kvstore.rewrite import merge_stores, recode_store
 from kvstore.verify import verify_store
+from kvstore.writer import ShardWriter
 from pipeline import parts
 from pipeline.cli import cli
 from pipeline.config import ExtractConfig
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
+from pipeline.repair import repair_store
 from tests.checkpoints import save_checkpoint
 from tests.kvstore.test_rewrite import codes_by_id
 
@@ -292,6 +294,22 @@ def test_nothing_brings_a_dropped_sample_back(teacher: Path, first: Path, second
     assert set(codes_by_id(open_store(path))) - set(kept) == {open_store(path).samples.ids[-1]}
     assert run(teacher, again, path, append=True).new_shards == 0
     assert verify_store(str(path), deep=True).problems == ()
+
+
+def test_repair_finishes_an_interrupted_drop(teacher: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    samples = open_store(store).samples
+    gone, before = samples.ids[4], codes_by_id(open_store(store))
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            drop_samples(str(store), [gone])
+    assert gone in open_store(store).samples.ids
+    assert repair_store(str(store)).report.problems == ()
+    del before[gone]
+    assert codes_by_id(open_store(store)) == before
 
 
 def test_the_order_of_the_documents_makes_no_difference(teacher: Path, original: Path, tmp_path: Path) -> None:
