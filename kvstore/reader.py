@@ -26,7 +26,7 @@ from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
 from kvstore.errors import CorruptShardError, StoreFormatError
-from kvstore.manifest import TOKENIZER, Group, Manifest, read_manifest
+from kvstore.manifest import MANIFEST, TOKENIZER, Group, Manifest, read_manifest
 from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
@@ -67,7 +67,8 @@ class Store:
         """Open a store; with `commits`, see these shards alone and no sample tables."""
         self.storage = locate(location)
         self.location = self.storage.location
-        read_manifest(self.storage)  # without one there is no store, whatever else lies here
+        if self.storage.size(MANIFEST) is None:
+            read_manifest(self.storage)  # says that there is no store, whatever else lies here
         # Commits first: a manifest read after them knows all their shards, whoever extends the store meanwhile.
         self.samples = SampleTable(self.storage, commits)
         self.manifest: Manifest = read_manifest(self.storage)

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -119,7 +120,8 @@ class Folder:
 
     def size(self, key: str) -> int | None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return (self.root / key).stat().st_size
+            found = (self.root / key).stat()
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
         return None
 
     def entries(self, prefix: str) -> Iterator[Entry]:
@@ -181,7 +183,7 @@ class Folder:
 
 def _refuse_unreadable(error: OSError) -> None:
     """A folder may be absent, but one that cannot be listed must not look empty."""
-    if not isinstance(error, FileNotFoundError):
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
 
 
