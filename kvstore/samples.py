@@ -149,6 +149,13 @@ def _parquet(table: pa.Table) -> bytes:
     return file.getvalue()
 
 
+def _decode(content: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read parquet in this thread alone: threads of `read_table` may let go of our bytes while the interpreter ends, and abort it."""
+    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+    table = file.read(columns, use_threads=False)
+    return table if columns is None else table.select(columns)
+
+
 def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a table, page checksums verified.
 
@@ -161,7 +168,7 @@ def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = Non
     except FileNotFoundError:
         content = b""
     try:
-        return pq.read_table(io.BytesIO(content), columns=columns, page_checksum_verification=True)
+        return _decode(content, columns)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise StoreFormatError(
             f"{where}: missing or damaged parquet ({error}); 'kvpipe repair' rebuilds it from commits/, and so does deleting "
@@ -183,7 +190,7 @@ def _read_summaries(storage: Storage) -> dict[str, pa.Table]:
                 f"{storage.location}/{key}: its content does not hash to its name; it is damaged. 'kvpipe repair' rebuilds it "
                 "from commits/"
             )
-        tables[key] = pq.read_table(io.BytesIO(content))
+        tables[key] = _decode(content)
     return tables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,3 +69,17 @@ def test_columns_of_a_store_of_many_samples_come_back_as_written(tmp_path: Path)
         column = getattr(samples, name)
         np.testing.assert_array_equal(column, rows[name].to_numpy())
         assert pa.from_numpy_dtype(column.dtype) == rows[name].type
+
+
+def test_tables_are_read_in_the_calling_thread_alone(tmp_path: Path) -> None:
+    """A thread of Arrow that lets go of a Python object while the interpreter ends aborts the process."""
+    write_store(tmp_path / "kv", random_source(small_spec(), [9, 9]))
+    (part,) = (tmp_path / "kv" / "samples").glob("part-*.parquet")
+    script = (
+        "import sys, psutil; from kvstore.samples import read_parquet; from kvstore.storage import locate\n"
+        "before = psutil.Process().num_threads()\n"
+        "table = read_parquet(locate(sys.argv[1]), sys.argv[2], ['id', 'shard'])\n"
+        "assert table.column_names == ['id', 'shard'] and len(table) == 2\n"
+        "assert psutil.Process().num_threads() == before"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "kv"), f"samples/{part.name}"], check=True)
