@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/kvpipe demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -25,6 +25,8 @@ from kvstore.storage import Storage
 
 UNWRITTEN_TOKEN = -1
 _MISSING_CHUNK = 2**64 - 1
+_STORE_ZEROS: Any = {"write_empty_chunks": True}
+"""A mean of nothing but zeros, or layer 0 alone, equals the fill value, and zarr would leave its chunk out."""
 
 
 def array_key(group: Group, name: str) -> str:
@@ -43,10 +45,11 @@ def shard_key(array: str, shard: int) -> str:
 
 
 def index_bytes(manifest: Manifest, array: str) -> int:
-    """Length of the index at the end of a Zarr shard: offset and size of every inner chunk, and a crc32c."""
+    """Length of what `StoredObject.index_sha256` covers: the index at the end of a Zarr shard, which is offset and size of every
+    inner chunk and a crc32c, and the crc32c of the chunk before it, for two shards may hold chunks of the same sizes."""
     group = next((group for group in manifest.groups for kind in KINDS if array_key(group, group.array(kind)) == array), None)
     chunks = manifest.layout.shard_tokens // manifest.layout.chunk_tokens
-    return 16 * chunks * (len(group.layers) if group else 1) + 4
+    return 16 * chunks * (len(group.layers) if group else 1) + 4 + 4
 
 
 def read_calibration(storage: Storage, manifest: Manifest) -> Calibration:
@@ -113,12 +116,14 @@ def create_arrays(path: Path, manifest: Manifest, calibration: Calibration) -> N
                     f"{kind}_{statistic}",
                     data=np.ascontiguousarray(array, dtype=np.float32),
                     compressors=[Crc32cCodec()],
+                    config=_STORE_ZEROS,
                     dimension_names=("layer", "kv_head", f"{kind}_dim"),
                 )
         node.create_array(
             "layer",
             data=np.array(group.layers, dtype=np.int32),
             compressors=[Crc32cCodec()],
+            config=_STORE_ZEROS,
             dimension_names=("layer",),
         )
     zarr.open_group(path, mode="a").create_array(
@@ -176,12 +181,7 @@ def open_array(storage: Storage, manifest: Manifest, array: str, *, context: ts.
     Raises:
         CorruptShardError: its zarr.json is missing or not the one the manifest names.
     """
-    document = read_metadata(storage, manifest, f"{array}/zarr.json")
-    if "token" in document.get("dimension_names", ()) and document["shape"][_token_axis(document)] < manifest.layout.num_tokens:
-        raise CorruptShardError(
-            f"{storage.location}/{ARRAYS}/{array}/zarr.json: {document['shape']} is shorter than the manifest's "
-            f"{manifest.layout.num_tokens} tokens; the manifest is newer than the arrays"
-        )
+    validate_length(storage, manifest, f"{array}/zarr.json")
     try:
         return _open(storage.tensorstore_spec(f"{ARRAYS}/{array}"), context)
     except ValueError as error:
@@ -226,6 +226,24 @@ def read_metadata(storage: Storage, manifest: Manifest, key: str) -> dict[str, A
             f"{where}: its content hashes to {actual}, the manifest says {manifest.metadata.get(key)}; it was changed, restore it"
         )
     return document
+
+
+def validate_length(storage: Storage, manifest: Manifest, key: str) -> None:
+    """Read one zarr.json, by its path inside kv.zarr, and see that its token axis, if it has one, holds all shards.
+
+    Raises:
+        CorruptShardError: it is missing, changed or too short.
+    """
+    document, layout = read_metadata(storage, manifest, key), manifest.layout
+    if "token" not in (document.get("dimension_names") or ()):
+        return
+    length = document["shape"][_token_axis(document)]
+    # Longer arrays are fine: an extension grows them first.
+    if not isinstance(length, int) or length < layout.num_tokens or length % layout.shard_tokens:
+        raise CorruptShardError(
+            f"{storage.location}/{ARRAYS}/{key}: token axis of {length!r}, expected {layout.num_tokens} or more by whole shards of "
+            f"{layout.shard_tokens}; it was changed, or the manifest is newer than the arrays. Restore them"
+        )
 
 
 def metadata_fingerprint(document: Mapping[str, Any]) -> str:

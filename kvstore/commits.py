@@ -56,7 +56,8 @@ class StoredObject:
     size_bytes: int
     sha256: str
     index_sha256: str
-    """sha256 of the shard's index at its end: tells another shard of equal size without reading it whole."""
+    """sha256 of its end, the shard's index and the last chunk's crc32c: tells another shard of equal size without reading it
+    whole."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

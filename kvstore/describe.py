@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.drop import read_dropped
+from kvstore.gate import read_gate
+from kvstore.manifest import Manifest
 from kvstore.reader import Store
 from kvstore.spec import format_layers
 
@@ -45,6 +48,16 @@ def describe(store: Store) -> dict[str, Any]:
         "shard_tokens": manifest.layout.shard_tokens,
         "alignment": manifest.alignment
         and {name: manifest.alignment[name] for name in ("layer_map", "layer_map_name", "baked")},
+        "parts": manifest.data.get("parts", []),
+        "dropped": len(read_dropped(store.storage)),
+        "merged_from": _from_runs(manifest, "merged_from"),
+        "recoded_from": _from_runs(manifest, "recoded_from"),
+        "gate": {when: result for when, result in read_gate(store.storage).items() if when in ("before", "after")},
         "fingerprints": {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint},
         "fidelity": store.samples.fidelity() if committed else {},
     }
+
+
+def _from_runs(manifest: Manifest, field: str) -> Any:
+    """What the runs say of where the store comes from; None where it was extracted."""
+    return next((run[field] for run in manifest.runs if field in run), None)

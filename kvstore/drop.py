@@ -1,28 +1,31 @@
 """Taking samples out of a store for good: their shards are written again without them, everything else stays as it is.
 
 Rows of the token axis keep their place, so the remaining codes are copied bit for bit. The commit record of a shard is replaced
-last: interrupted in between, the shard reads as damaged, and the same drop again finishes it. Knows no teacher.
+last: interrupted in between, the shard reads as damaged, and the same drop again, or any other, finishes it. Knows no teacher.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-import numpy as np
-
-from kvstore.arrays import array_key, open_array, read_calibration
+from kvstore.arrays import read_calibration
+from kvstore.calibration import Calibration
 from kvstore.codec import KINDS
 from kvstore.commits import Commit, committed_shards, read_commit
-from kvstore.errors import KVStoreError
-from kvstore.lease import EVERYTHING, lease
+from kvstore.errors import CorruptShardError, KVStoreError
+from kvstore.lease import EVERYTHING, EXPIRY_S, LEASES, lease
 from kvstore.manifest import SAMPLES, Manifest, read_manifest, write_manifest
-from kvstore.records import fingerprint, read_sealed, write_sealed
+from kvstore.reader import Store
+from kvstore.records import bytes_sha256, fingerprint, read_sealed, write_sealed
 from kvstore.samples import compact, forget
-from kvstore.storage import Storage, locate
+from kvstore.storage import STAGING, Storage, locate
 from kvstore.writer import ShardWriter
 
 _DROPPED = f"{SAMPLES}/dropped.json"
+BEFORE = -1
+"""Stands for the shard of a sample that was dropped before this store was made, by merging or recoding."""
+_SAMPLES_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +38,27 @@ class DropSummary:
 
 
 def read_dropped(storage: Storage) -> list[str]:
-    """Ids of all samples ever dropped from a store; they are never stored again."""
+    """Ids of all samples ever dropped from a store, sorted; they are never stored again."""
+    return list(dropped_shards(storage))
+
+
+def dropped_shards(storage: Storage) -> dict[str, int]:
+    """For all samples ever dropped the shard they were in, or `BEFORE`: a part planned again must leave their rows free."""
     try:
-        return list(read_sealed(storage, _DROPPED)["ids"])
+        return dict(sorted(read_sealed(storage, _DROPPED)["shards"].items()))
     except FileNotFoundError:
-        return []
+        return {}
+
+
+def write_dropped(storage: Storage, shards: Mapping[str, int]) -> None:
+    """Keep the ids of dropped samples; the manifest has their `dropped_fingerprint`."""
+    write_sealed(storage, _DROPPED, {"shards": dict(sorted(shards.items()))})
+
+
+def dropped_fingerprint(ids: Iterable[str]) -> str | None:
+    """What the manifest says under `data.dropped`; None where nothing is."""
+    dropped = sorted(ids)
+    return fingerprint(dropped) if dropped else None
 
 
 def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, int], object] = lambda *_: None) -> DropSummary:
@@ -49,56 +68,105 @@ def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, i
         progress: told how many of how many shards are done.
 
     Raises:
-        KVStoreError: an id is unknown or stands for several samples; nothing was changed.
+        KVStoreError: an id is unknown or stands for several samples, or there is none; nothing was changed.
+        CorruptShardError: a shard to be written again is damaged, and must not be made good; nothing was changed.
         LeaseHeldError: somebody is writing into the store.
     """
     storage = locate(location)
+    if not ids:
+        raise KVStoreError(f"--ids: got none, expected at least one sample id of {storage.location}; nothing was changed")
+    read_manifest(storage)  # so that a wrong path is refused before a lease lies there
     with lease(storage, *EVERYTHING, f"kvpipe drop {location}"):
         manifest = read_manifest(storage)
         commits = [read_commit(storage, shard) for shard in sorted(committed_shards(storage))]
-        before = read_dropped(storage)
-        gone = set(_resolve(ids, commits, before, storage.location))
-        touched = [commit for commit in commits if any(row.id in gone for row in commit.samples)]
+        before = dropped_shards(storage)
+        gone = _resolve(ids, commits, before, storage.location)
+        dropped = {**gone, **before}
+        touched = [commit for commit in commits if any(row.id in dropped for row in commit.samples)]
+        interrupted = {commit.shard for commit in touched if any(row.id in before for row in commit.samples)}
+        for commit in touched:
+            if commit.shard not in interrupted:
+                _refuse_damaged(storage, commit)
         # What is dropped is written down first: a resumed extraction must not bring it back.
-        dropped = sorted({*before, *gone})
-        write_sealed(storage, _DROPPED, {"ids": dropped})
-        write_manifest(storage, dataclasses.replace(manifest, data={**manifest.data, "dropped": fingerprint(dropped)}))
-        forget(storage, [commit.shard for commit in touched])
+        if dropped != before:
+            write_dropped(storage, dropped)
+        if manifest.data.get("dropped") != dropped_fingerprint(dropped):
+            manifest = dataclasses.replace(manifest, data={**manifest.data, "dropped": dropped_fingerprint(dropped)})
+            write_manifest(storage, manifest)
+        if touched:
+            forget(storage, [commit.shard for commit in touched])
+            _sweep(storage)
+        calibration = read_calibration(storage, manifest)
         for number, commit in enumerate(touched):
             progress(number, len(touched))
-            _rewrite(storage, manifest, commit, gone)
+            _rewrite(storage, manifest, calibration, commit, dropped, verify_objects=commit.shard not in interrupted)
         compact(storage)
         progress(len(touched), len(touched))
-    return DropSummary(num_dropped=len(gone - set(before)), num_shards=len(touched))
+    return DropSummary(num_dropped=len(gone.keys() - before.keys()), num_shards=len(touched))
 
 
-def _resolve(ids: Collection[str], commits: Iterable[Commit], dropped: Collection[str], where: str) -> list[str]:
-    known = sorted({row.id for commit in commits for row in commit.samples} | set(dropped))
-    found = []
+def _resolve(ids: Collection[str], commits: Iterable[Commit], dropped: Mapping[str, int], where: str) -> dict[str, int]:
+    """The ids meant, and their shards."""
+    known = {**dropped, **{row.id: commit.shard for commit in commits for row in commit.samples}}
+    found = {}
     for wanted in ids:
-        matches = [identity for identity in known if identity.startswith(wanted)] if len(wanted) >= 8 else []
+        whole = [wanted] if wanted in known else []
+        matches = whole or [identity for identity in known if len(wanted) >= 8 and identity.startswith(wanted)]
         if len(matches) != 1:
             raise KVStoreError(
                 f"--ids: {wanted!r} stands for {len(matches)} samples of {where}, expected one; give sample ids (sha256 in hex, or "
                 "their first eight digits and more), one on a line. Nothing was changed"
             )
-        found += matches
+        found[matches[0]] = known[matches[0]]
     return found
 
 
-def _rewrite(storage: Storage, manifest: Manifest, commit: Commit, gone: Collection[str]) -> None:
+def _refuse_damaged(storage: Storage, commit: Commit) -> None:
+    for stored in commit.objects:
+        try:
+            actual = bytes_sha256(storage.read(stored.path))
+        except FileNotFoundError:
+            actual = "nothing"
+        if actual != stored.sha256:
+            raise CorruptShardError(
+                f"shard {commit.shard}: {stored.path} hashes to {actual}, its record says {stored.sha256} ({storage.location}); "
+                "'kvpipe repair' makes it again, then drop. Nothing was changed"
+            )
+
+
+def _sweep(storage: Storage) -> None:
+    """Delete what killed writers left in staging, which may hold the dropped texts; nobody else writes shards now."""
+    staged = list(storage.entries(STAGING))
+    now = max((entry.modified_s for entry in staged), default=0.0)
+    for entry in staged:
+        name = entry.key.removeprefix(f"{STAGING}/")
+        if not entry.key.startswith(LEASES) and (name.startswith("shard-") or now - entry.modified_s > EXPIRY_S):
+            storage.delete(entry.key)
+
+
+def _rewrite(
+    storage: Storage,
+    manifest: Manifest,
+    calibration: Calibration,
+    commit: Commit,
+    gone: Mapping[str, int],
+    *,
+    verify_objects: bool,
+) -> None:
+    """Write a shard again without some samples. Of an interrupted drop some of its objects are new; what stays is in both."""
+    store = Store(storage, [commit])
     kept = [row for row in commit.samples if row.id not in gone]
-    calibration = read_calibration(storage, manifest)
     writer = ShardWriter(storage, manifest, calibration, commit.shard, kept)
     start = commit.shard * manifest.layout.shard_tokens
-    tokens = open_array(storage, manifest, "input_ids")
-    for row in kept:
-        rows = slice(row.token_start, row.token_start + row.num_tokens)
-        writer.put_tokens(row.token_start - start, np.asarray(tokens[rows].read().result()))
+    indices = {identity: index for index, identity in enumerate(store.samples.ids)}
+    for first in range(0, len(kept), _SAMPLES_AT_ONCE):
+        rows = kept[first : first + _SAMPLES_AT_ONCE]
+        batch = store.read_codes([indices[row.id] for row in rows], verify_objects=verify_objects)
+        spans = [(row.token_start - start, row.num_tokens) for row in rows]
+        for (offset, num_tokens), position in zip(spans, batch.cu_seqlens.tolist(), strict=False):
+            writer.put_tokens(offset, batch.input_ids[position : position + num_tokens])
         for group in manifest.groups:
             for kind in KINDS:
-                codes = np.asarray(open_array(storage, manifest, array_key(group, group.array(kind)))[:, rows].read().result())
                 for slot, layer in enumerate(group.layers):
-                    span = [(row.token_start - start, row.num_tokens)]
-                    writer.put_codes(layer, kind, span, codes[slot], commit.fidelity[str(layer)][kind])
+                    writer.put_codes(layer, kind, spans, batch.codes[group.path, kind][slot], commit.fidelity[str(layer)][kind])
     writer.commit(replace=True)

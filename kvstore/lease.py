@@ -13,16 +13,17 @@ import json
 import os
 import random
 import secrets
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 
 from kvstore.errors import LeaseHeldError
-from kvstore.storage import STAGING, Storage
+from kvstore.storage import STAGING, Folder, Storage
 
 LEASES = f"{STAGING}/leases"
 LAYOUT = -1
@@ -30,6 +31,8 @@ LAYOUT = -1
 EVERYTHING = (LAYOUT, 2**62)
 TOUCH_S, EXPIRY_S = 20.0, 120.0
 _TRIES = 4
+_UNDER_LEASE = ("shard-", "create-", "creating")
+"""What only a writer with a lease puts into the staging folder."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,8 @@ class Claim:
         if self.machine != _machine():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_s) > 1
+            process = psutil.Process(self.pid)
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started_s) > 1
         except psutil.NoSuchProcess:
             return True
 
@@ -89,6 +93,7 @@ def lease(
     purpose: str,
     *,
     wait: Callable[[str], object] | None = None,
+    tries: int = _TRIES,
     touch_s: float = TOUCH_S,
     expiry_s: float = EXPIRY_S,
 ) -> Iterator[None]:
@@ -96,6 +101,7 @@ def lease(
 
     Args:
         wait: told once whom we wait for, then we do; without it somebody else's claim raises.
+        tries: how often to look before it raises.
 
     Raises:
         LeaseHeldError: somebody else is writing some of them.
@@ -110,7 +116,7 @@ def lease(
         machine=_machine(),
         started_s=psutil.Process().create_time(),
     )
-    _acquire(storage, key, own, wait, expiry_s)
+    _acquire(storage, key, own, wait, tries, expiry_s)
     done = threading.Event()
 
     def touch() -> None:
@@ -129,7 +135,29 @@ def lease(
             storage.delete(key)
 
 
-def _acquire(storage: Storage, key: str, own: Claim, wait: Callable[[str], object] | None, expiry_s: float) -> None:
+def sweep(storage: Storage, purpose: str) -> None:
+    """Remove what killed writers left in the staging folder; does nothing while another writer lives.
+
+    Holds the whole store meanwhile. Shards and stores are written under a lease, so their scratch folders are then nobody's; other
+    files may be on their way into place without one, and go when they are as old as a dead claim.
+    """
+    with contextlib.suppress(LeaseHeldError), lease(storage, *EVERYTHING, purpose, tries=1):
+        entries = list(storage.entries(STAGING))
+        now = max(entry.modified_s for entry in entries)  # our own claim's
+        living = claims(storage, now_s=now)
+        for entry in entries:
+            name = PurePosixPath(entry.key).relative_to(STAGING).parts[0]
+            if name.startswith(_UNDER_LEASE) or (entry.key not in living and now - entry.modified_s > EXPIRY_S):
+                storage.delete(entry.key)
+        if isinstance(storage, Folder):
+            for folder in (storage.root / STAGING).iterdir():
+                if folder.is_dir() and folder.name.startswith(_UNDER_LEASE):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _acquire(
+    storage: Storage, key: str, own: Claim, wait: Callable[[str], object] | None, most_tries: int, expiry_s: float
+) -> None:
     """Claim first, then look: of two that come at once at least one sees the other and steps back."""
     told, tries = False, 0
     while True:
@@ -147,7 +175,7 @@ def _acquire(storage: Storage, key: str, own: Claim, wait: Callable[[str], objec
             if not told:
                 wait(f"waiting for {holder}, which is at work on {storage.location}")
                 told = True
-        elif tries >= _TRIES:
+        elif tries >= most_tries:
             raise LeaseHeldError(
                 f"{own.purpose}: {holder} is writing the same shards of {storage.location}. Let it finish, or give each its part "
                 f"with --task-range; if it was killed on another machine, its claim ends {expiry_s:.0f} s after its last sign of life"

@@ -6,7 +6,8 @@ Pure records and planning; `writer` and `reader` put them on disk and take them 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -211,8 +212,31 @@ def write_manifest(storage: Storage, manifest: Manifest) -> None:
     write_sealed(storage, MANIFEST, manifest.to_json())
 
 
-def refuse_mismatch(where: str, *, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str, hint: str = "") -> None:
-    """Compare an existing store's identity with that of this run.
+def data_record(samples: Iterable[tuple[str, int, int]], seq_len: int) -> dict[str, Any]:
+    """Identity of one part of a store's data: every sample in order, by content.
+
+    Args:
+        samples: id, count and number of tokens of each.
+        seq_len: longest sample that was asked for, in tokens.
+    """
+    digest, num_samples, num_tokens = hashlib.sha256(), 0, 0
+    for identity, count, tokens in samples:
+        digest.update(f"{identity} {count}\n".encode())
+        num_samples, num_tokens = num_samples + 1, num_tokens + tokens
+    return {"samples": digest.hexdigest(), "num_samples": num_samples, "num_tokens": num_tokens, "seq_len": seq_len}
+
+
+def refuse_mismatch(
+    where: str,
+    *,
+    stored: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    what: str,
+    owner: str = "this run",
+    remedy: str = "Run with the store's own settings to resume it, or choose another --out.",
+    hint: str = "",
+) -> None:
+    """Compare an existing store's identity with that of this run, or of another `owner`.
 
     Raises:
         FingerprintMismatchError: they differ; every differing field is named with what this run has and the store's.
@@ -220,7 +244,7 @@ def refuse_mismatch(where: str, *, stored: Mapping[str, Any], wanted: Mapping[st
     found: list[Difference] = list(differences(wanted, stored))
     if found:
         raise FingerprintMismatchError(
-            f"{what} of this run differs from the store at {where} in {len(found)} field(s):\n  "
+            f"{what} of {owner} differs from the store at {where} in {len(found)} field(s):\n  "
             + "\n  ".join(str(difference) for difference in found)
-            + f"\nNothing was written. Run with the store's own settings to resume it, or choose another --out. {hint}".rstrip()
+            + f"\nNothing was written. {remedy} {hint}".rstrip()
         )

@@ -5,27 +5,28 @@ One native read per array and call, whatever the number of samples: a busy main 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64, Shaped
 
 from kvstore import codec as codecs
 from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key, unreachable
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
-from kvstore.errors import CorruptShardError
-from kvstore.manifest import TOKENIZER, Group, Manifest, read_manifest
+from kvstore.errors import CorruptShardError, StoreFormatError
+from kvstore.manifest import MANIFEST, TOKENIZER, Group, Manifest, read_manifest
 from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
@@ -45,6 +46,17 @@ class KVBatch:
     """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CodeBatch:
+    """Codes of some samples as they lie on disk, concatenated in the order asked for; verified, not decoded."""
+
+    codes: Mapping[tuple[str, Kind], Shaped[np.ndarray, "slot token kv_head code"]]
+    """By group path and kind; the slots of the layers asked for, in increasing order."""
+    input_ids: Int32[np.ndarray, "token"]
+    cu_seqlens: Int64[np.ndarray, "boundary"]
+    """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
+
+
 class Store:
     """An open store; samples are numbered in order of shard and position.
 
@@ -55,8 +67,17 @@ class Store:
         """Open a store; with `commits`, see these shards alone and no sample tables."""
         self.storage = locate(location)
         self.location = self.storage.location
-        self.manifest: Manifest = read_manifest(self.storage)
+        if self.storage.size(MANIFEST) is None:
+            read_manifest(self.storage)  # says that there is no store, whatever else lies here
+        # Commits first: a manifest read after them knows all their shards, whoever extends the store meanwhile.
         self.samples = SampleTable(self.storage, commits)
+        self.manifest: Manifest = read_manifest(self.storage)
+        beyond = [shard for shard in self.samples.summary["shard"].to_pylist() if shard >= self.manifest.layout.num_shards]
+        if beyond:
+            raise StoreFormatError(
+                f"shard {', '.join(map(str, beyond[:5]))}: committed, but the manifest has {self.manifest.layout.num_shards} shards "
+                f"({self.location}); the manifest is older than the data, or a record strayed in. See 'kvpipe verify'"
+            )
         self._arrays: dict[str, ts.TensorStore] = {}
         self._verified: set[int] = set()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -78,19 +99,30 @@ class Store:
     @property
     def tokenizer_path(self) -> Path | None:
         """Folder with the tokenizer the token ids belong to, None when it was not kept; of a bucket a copy that goes with this
-        object."""
-        if not self.manifest.tokenizer:
-            return None
-        if isinstance(self.storage, Folder):
-            return self.storage.root / TOKENIZER
-        return self._tokenizer_copy
+        object.
+
+        Raises:
+            StoreFormatError: a file of it is missing or damaged.
+        """
+        return self._tokenizer if self.manifest.tokenizer else None
 
     @cached_property
-    def _tokenizer_copy(self) -> Path:
+    def _tokenizer(self) -> Path:
+        files = {}
+        for name, expected in self.manifest.tokenizer.items():
+            with contextlib.suppress(FileNotFoundError):
+                files[name] = self.storage.read(f"{TOKENIZER}/{name}")
+            actual = bytes_sha256(files[name]) if name in files else "nothing"
+            if actual != expected:
+                raise StoreFormatError(
+                    f"{self.location}/{TOKENIZER}/{name}: hashes to {actual}, the manifest says {expected}; restore the file"
+                )
+        if isinstance(self.storage, Folder):
+            return self.storage.root / TOKENIZER
         folder = Path(tempfile.mkdtemp(prefix="kvpipe-tokenizer-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        for name in self.manifest.tokenizer:
-            (folder / name).write_bytes(self.storage.read(f"{TOKENIZER}/{name}"))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         return folder
 
     def read(self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None) -> KVBatch:
@@ -104,36 +136,58 @@ class Store:
             IndexError: no such sample.
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
-        OSError: the bucket cannot be reached.
+            OSError: the bucket cannot be reached.
+        """
+        wanted = self.spec.layer_numbers if layers is None else tuple(layers)
+        batch = self.read_codes(sample_indices, wanted)
+        return KVBatch(
+            layers=wanted,
+            key=self._assemble("key", wanted, batch.codes, len(batch.input_ids)),
+            value=self._assemble("value", wanted, batch.codes, len(batch.input_ids)),
+            input_ids=batch.input_ids,
+            cu_seqlens=batch.cu_seqlens,
+        )
+
+    def read_codes(
+        self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None, *, verify_objects: bool = True
+    ) -> CodeBatch:
+        """Read samples without decoding them, verified like `read`, whose arguments and errors these are.
+
+        Args:
+            verify_objects: False for a shard that is being written again, whose objects need not be those committed; the
+                checksums of its chunks and its tokens are verified still.
         """
         indices = [operator.index(index) for index in sample_indices]
         outside = [index for index in indices if not 0 <= index < len(self)]
         if outside:
             raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.location})")
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
-        for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
-            self._verify_objects(shard)
+        if verify_objects:
+            for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
+                self.verify_shard(shard)
+        slots = self._slots(wanted)
+        try:
+            codes, input_ids = self._fetch(indices, slots)
+        except ValueError as error:
+            raise self._explain(error, indices, slots) from error
+        lengths = self.samples.num_tokens[np.array(indices, dtype=np.int64)]
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        self._verify_tokens(indices, input_ids, cu_seqlens)
+        return CodeBatch(codes=codes, input_ids=input_ids, cu_seqlens=cu_seqlens)
+
+    def _fetch(
+        self, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]
+    ) -> tuple[dict[tuple[str, Kind], np.ndarray], Int32[np.ndarray, "token"]]:
+        """Codes by group and kind, and token ids; ValueError is all that tensorstore raises."""
         spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
         pending = {
-            (group.path, kind): self._request(array_key(group, group.array(kind)), spans, slots)
-            for group, slots in self._slots(wanted)
+            (group.path, kind): self._request(array_key(group, group.array(kind)), spans, rows)
+            for group, rows in slots
             for kind in KINDS
         }
         tokens = self._request("input_ids", spans, None)
-        try:
-            codes = {where: np.asarray(future.result()) for where, future in pending.items()}
-            input_ids = np.asarray(tokens.result(), dtype=np.int32)
-        except ValueError as error:
-            raise self._explain(error, indices) from error
-        cu_seqlens = np.concatenate([[0], np.cumsum([length for _, length in spans], dtype=np.int64)]).astype(np.int64)
-        self._verify_tokens(indices, input_ids, cu_seqlens)
-        return KVBatch(
-            layers=wanted,
-            key=self._assemble("key", wanted, codes, len(input_ids)),
-            value=self._assemble("value", wanted, codes, len(input_ids)),
-            input_ids=input_ids,
-            cu_seqlens=cu_seqlens,
-        )
+        codes = {where: np.asarray(future.result()) for where, future in pending.items()}
+        return codes, np.asarray(tokens.result(), dtype=np.int32)
 
     def _slots(self, layers: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """The groups that hold these layers, each with its slots in increasing order."""
@@ -161,7 +215,9 @@ class Store:
             self._arrays[array] = open_array(self.storage, self.manifest, array, context=self._context)
         return self._arrays[array]
 
-    def _assemble(self, kind: Kind, layers: Sequence[int], codes: dict[Any, np.ndarray], num_tokens: int) -> np.ndarray:
+    def _assemble(
+        self, kind: Kind, layers: Sequence[int], codes: Mapping[tuple[str, Kind], np.ndarray], num_tokens: int
+    ) -> np.ndarray:
         """Decode, and put the layers of all groups in the order asked for."""
         if not layers:
             return np.zeros((0, num_tokens, 0, 0), dtype=np.float32)
@@ -187,8 +243,12 @@ class Store:
         """Mean and step of every quantised array, by group path and kind; verified against the manifest."""
         return read_calibration(self.storage, self.manifest)
 
-    def _verify_objects(self, shard: int) -> None:
-        """When a shard is first touched, compare its files with its commit record: missing, truncated and foreign ones."""
+    def verify_shard(self, shard: int) -> None:
+        """Compare a shard's files with its commit record without reading them whole; `read` does so when it first touches one.
+
+        Raises:
+            CorruptShardError: a file is missing, truncated or foreign.
+        """
         commit = read_commit(self.storage, shard)
         if commit.signal != self.manifest.signal_fingerprint:
             raise CorruptShardError(
@@ -226,16 +286,26 @@ class Store:
                     f"crc32c {actual:#010x}, expected {expected:#010x} ({self.location}); the shard is not the one committed"
                 )
 
-    def _explain(self, error: ValueError, indices: Sequence[int]) -> Exception:
-        """Name the shards and samples a native read failed on."""
+    def _explain(self, error: ValueError, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]) -> Exception:
+        """Name the shard and sample a native read of several failed on, by reading them one by one."""
         if unreachable(error):
             return OSError(
                 f"{self.location}: reading failed ({error}); the data may be whole, see to the connection and try again"
             )
+        if isinstance(error, CorruptShardError):
+            return error
+        for index in indices:
+            try:
+                self._fetch([index], slots)
+            except ValueError as own:
+                return CorruptShardError(
+                    f"shard {self.samples.shard[index]}, sample {index} (id {self.samples.ids[index][:12]}): reading failed ({own}) "
+                    f"({self.location}); the data is damaged, do not train on it"
+                )
         shards = sorted({int(self.samples.shard[index]) for index in indices})
         return CorruptShardError(
-            f"shard {', '.join(map(str, shards))}, samples {list(indices)[:8]}: reading failed ({error}) ({self.location}); "
-            "the data is damaged, do not train on it"
+            f"shard {', '.join(map(str, shards))}, samples {list(indices)[:8]}: reading failed once ({error}) ({self.location}); the "
+            "disk or the connection fails now and then, see 'kvpipe verify'"
         )
 
 

@@ -76,9 +76,9 @@ def read_sealed(storage: Storage, key: str) -> dict[str, Any]:
     try:
         record = json.loads(content)
         seal = record.pop("sha256")
+        actual = fingerprint(record)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise StoreFormatError(f"{where}: not a sealed JSON record ({error!r}); it is truncated or damaged") from error
-    actual = fingerprint(record)
     if seal != actual:
         raise StoreFormatError(f"{where}: sha256 of its content is {actual}, it says {seal}; it was changed or damaged")
     return dict(record)

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, UInt32
 
 from kvstore.commits import Commit, committed_shards, merge_fidelity, read_commit
-from kvstore.errors import KVStoreError, StoreFormatError
-from kvstore.manifest import SAMPLES
-from kvstore.records import bytes_sha256, canonical_json, create_sealed, read_sealed
+from kvstore.errors import KVStoreError, StoreFormatError, StoreWriteError
+from kvstore.manifest import SAMPLES, Manifest, read_manifest
+from kvstore.records import bytes_sha256, canonical_json, fingerprint, read_sealed, write_sealed
 from kvstore.storage import Storage
 
 ROWS = pa.schema(
@@ -60,23 +60,45 @@ def compact(storage: Storage) -> int:
     loose = sorted(committed_shards(storage) - listed)
     if loose:
         commits = [read_commit(storage, shard) for shard in loose]
-        rows = rows_of(commits)
-        part = _parquet(rows)
-        name = bytes_sha256(part)[:_HASH_DIGITS]
-        digests = {column: column_digest(rows[column]) for column in ROWS.names}
-        summary = _parquet(_summary(commits).replace_schema_metadata({_COLUMN_DIGESTS: canonical_json(digests)}))
-        storage.write(f"{SAMPLES}/part-{name}.parquet", part, replace=False)
-        storage.write(f"{SAMPLES}/summary-{name}-{bytes_sha256(summary)[:_HASH_DIGITS]}.parquet", summary, replace=False)
+        try:
+            write_tables(storage, rows_of(commits), _summary(commits))
+        except OSError as error:
+            raise StoreWriteError(
+                f"{SAMPLES}/: writing the sample tables of {storage.location} failed ({error}); mend that (space, permissions, "
+                "connection) and run the same command again: the shards are committed and readable without them"
+            ) from error
     return len(loose)
 
 
+def write_tables(storage: Storage, rows: pa.Table, shards: pa.Table) -> None:
+    """Write one part and its summary, named by what they contain.
+
+    Args:
+        rows: samples, with the schema `ROWS`.
+        shards: the shards they lie in, with the schema `SUMMARY`.
+    """
+    part = _parquet(rows)
+    name = bytes_sha256(part)[:_HASH_DIGITS]
+    digests = {column: column_digest(rows[column]) for column in ROWS.names}
+    summary = _parquet(shards.replace_schema_metadata({_COLUMN_DIGESTS: canonical_json(digests)}))
+    storage.write(f"{SAMPLES}/part-{name}.parquet", part, replace=False)
+    storage.write(f"{SAMPLES}/summary-{name}-{bytes_sha256(summary)[:_HASH_DIGITS]}.parquet", summary, replace=False)
+
+
 def forget(storage: Storage, shards: Iterable[int]) -> None:
-    """Delete every table that lists one of these shards; `compact` makes new ones. The summary goes first."""
-    gone = set(shards)
+    """Delete every table that lists one of these shards, and parts without a summary, which a killed writer leaves behind.
+
+    The summary goes first; `compact` makes new ones. For `drop` and `repair`, which hold the whole store.
+    """
+    gone, kept = set(shards), set[str]()
     for key, table in _read_summaries(storage).items():
         if gone & set(table["shard"].to_pylist()):
             storage.delete(key)
-            storage.delete(part_key(key))
+        else:
+            kept.add(part_key(key))
+    for entry in list(storage.entries(SAMPLES)):
+        if PurePosixPath(entry.key).name.startswith("part-") and entry.key not in kept:
+            storage.delete(entry.key)
 
 
 def part_key(summary_key: str) -> str:
@@ -127,6 +149,13 @@ def _parquet(table: pa.Table) -> bytes:
     return file.getvalue()
 
 
+def _decode(content: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read parquet in this thread alone: threads of `read_table` may let go of our bytes while the interpreter ends, and abort it."""
+    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+    table = file.read(columns, use_threads=False)
+    return table if columns is None else table.select(columns)
+
+
 def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a table, page checksums verified.
 
@@ -139,7 +168,7 @@ def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = Non
     except FileNotFoundError:
         content = b""
     try:
-        return pq.read_table(io.BytesIO(content), columns=columns, page_checksum_verification=True)
+        return _decode(content, columns)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise StoreFormatError(
             f"{where}: missing or damaged parquet ({error}); 'kvpipe repair' rebuilds it from commits/, and so does deleting "
@@ -161,7 +190,7 @@ def _read_summaries(storage: Storage) -> dict[str, pa.Table]:
                 f"{storage.location}/{key}: its content does not hash to its name; it is damaged. 'kvpipe repair' rebuilds it "
                 "from commits/"
             )
-        tables[key] = pq.read_table(io.BytesIO(content))
+        tables[key] = _decode(content)
     return tables
 
 
@@ -169,17 +198,35 @@ def repeats_key(part: int) -> str:
     return f"{SAMPLES}/repeats-{part:05d}.json"
 
 
-def write_repeats(storage: Storage, part: int, counts: Mapping[str, int]) -> None:
-    """Keep how often a later part of the data had samples that an earlier one had stored."""
-    create_sealed(storage, repeats_key(part), {"part": part, "counts": dict(counts)})
+def write_repeats(storage: Storage, part: int, counts: Mapping[str, int]) -> str:
+    """Keep how often a later part of the data had samples that an earlier one had stored.
+
+    Returns:
+        What the part's record in the manifest must hold as `repeats`; until then no reader counts them.
+    """
+    body = {"part": part, "counts": dict(counts)}
+    write_sealed(storage, repeats_key(part), body)
+    return fingerprint(body)
 
 
-def read_repeats(storage: Storage) -> Counter[str]:
-    """Further counts by sample id, over all parts."""
+def read_repeats(storage: Storage, manifest: Manifest) -> Counter[str]:
+    """Further counts by sample id, over all parts the manifest lists.
+
+    Raises:
+        StoreFormatError: a part's counts are missing, damaged or others than the manifest names.
+    """
     total: Counter[str] = Counter()
-    for entry in storage.entries(SAMPLES):
-        if PurePosixPath(entry.key).name.startswith("repeats-"):
-            total.update(read_sealed(storage, entry.key)["counts"])
+    for part, record in enumerate(manifest.data.get("parts", ())):
+        where = f"{storage.location}/{repeats_key(part)}"
+        try:
+            body = read_sealed(storage, repeats_key(part))
+        except FileNotFoundError:
+            body = None
+        actual, expected = None if body is None else fingerprint(body), record.get("repeats")
+        if actual != expected:
+            raise StoreFormatError(f"{where}: hashes to {actual or 'nothing'}, the manifest says {expected}; restore the file")
+        if body is not None:
+            total.update(body["counts"])
     return total
 
 
@@ -193,15 +240,20 @@ class SampleTable:
     """
 
     def __init__(self, storage: Storage, commits: Sequence[Commit] | None = None) -> None:
-        """Open the tables of a store; with `commits`, look at these records alone."""
+        """Open the tables of a store.
+
+        Args:
+            commits: look at these records alone.
+        """
         self._storage = storage
         self._parts: dict[str, tuple[set[int], dict[str, str]]] = {}
         summaries: list[pa.Table] = []
         if commits is not None:
             self._loose = list(commits)
         else:
-            committed, seen = committed_shards(storage), set[int]()
-            for key, table in _read_summaries(storage).items():
+            # In this order: a shard is committed before a summary lists it, and others may be writing.
+            tables, committed, seen = _read_summaries(storage), committed_shards(storage), set[int]()
+            for key, table in tables.items():
                 shards = set(table["shard"].to_pylist())
                 if lost := sorted(shards - committed):
                     raise StoreFormatError(
@@ -226,7 +278,8 @@ class SampleTable:
         for key, (shards, digests) in self._parts.items():
             table = read_parquet(self._storage, key, wanted)
             for column in wanted:
-                if column_digest(table[column]) != digests[column]:
+                same_type = table.schema.field(column).type == ROWS.field(column).type
+                if not same_type or column_digest(table[column]) != digests[column]:
                     raise StoreFormatError(
                         f"{self._storage.location}/{key}: column {column!r} is not what its summary says; it is damaged. 'kvpipe "
                         "repair' rebuilds it from commits/"
@@ -285,7 +338,7 @@ class SampleTable:
     def count(self) -> Int32[np.ndarray, "sample"]:
         """How often the data had each sample, over all parts of it."""
         count = np.array(self._column("count").to_numpy())
-        if repeats := read_repeats(self._storage):
+        if repeats := read_repeats(self._storage, read_manifest(self._storage)):
             count += np.array([repeats.get(identity, 0) for identity in self.ids], dtype=count.dtype)
         return count
 

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -118,11 +119,13 @@ class Folder:
             return file.read()
 
     def size(self, key: str) -> int | None:
-        path = self.root / key
-        return path.stat().st_size if path.is_file() else None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = (self.root / key).stat()
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return None
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        for folder, _, names in os.walk(self.root / prefix):
+        for folder, _, names in os.walk(self.root / prefix, onerror=_refuse_unreadable):
             for name in names:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # others may clean up meanwhile
@@ -176,6 +179,12 @@ class Folder:
             staged.unlink(missing_ok=True)
             raise
         return staged
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder may be absent, but one that cannot be listed must not look empty."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _sync_folder(path: Path) -> None:

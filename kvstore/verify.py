@@ -12,9 +12,9 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from kvstore.arrays import array_key, array_keys, index_bytes, read_calibration, read_metadata, read_small_array, shard_key
+from kvstore.arrays import array_key, array_keys, index_bytes, read_calibration, read_small_array, shard_key, validate_length
 from kvstore.codec import KINDS
-from kvstore.commits import Commit, commit_key, committed_shards, read_commit, sample_id
+from kvstore.commits import Commit, StoredObject, commit_key, committed_shards, read_commit, sample_id
 from kvstore.drop import read_dropped
 from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.gate import read_gate
@@ -84,6 +84,7 @@ class _Verification:
         self._storage, self._deep, self._progress = storage, deep, progress
         self._problems: list[Problem] = []
         self._bytes = 0
+        self._dropped: list[str] = []
 
     def run(self) -> Report:
         try:
@@ -103,8 +104,8 @@ class _Verification:
         total = sum(stored.size_bytes for commit in commits for stored in commit.objects)
         for commit in commits:
             good = self._objects(manifest, commit, total)
-            if self._deep and good:
-                self._decode(manifest, commit)
+            if self._deep and commit.samples:
+                self._decode(manifest, commit, good)
         return self._report(manifest, commits, self._orphans(manifest, commits, entries, living), living)
 
     def _add(self, part: str, message: str, shard: int | None = None, sample: str | None = None) -> None:
@@ -113,7 +114,7 @@ class _Verification:
     def _metadata(self, manifest: Manifest) -> None:
         for key in manifest.metadata:
             try:
-                read_metadata(self._storage, manifest, key)
+                validate_length(self._storage, manifest, key)
             except KVStoreError as error:
                 self._add("metadata", str(error))
         try:
@@ -137,10 +138,10 @@ class _Verification:
                     "tokenizer", f"{TOKENIZER}/{name}: hashes to {actual}, the manifest says {expected}; restore the file"
                 )
         try:
-            dropped = read_dropped(self._storage)
+            self._dropped = dropped = read_dropped(self._storage)
             if (manifest.data.get("dropped") or None) != (fingerprint(dropped) if dropped else None):
                 self._add("tables", f"{SAMPLES}/dropped.json: not the list the manifest names; restore it, or drop again")
-            read_repeats(self._storage)
+            read_repeats(self._storage, manifest)
         except KVStoreError as error:
             self._add("tables", str(error))
         try:
@@ -189,8 +190,16 @@ class _Verification:
 
     def _ids(self, commits: list[Commit]) -> None:
         seen: dict[str, int] = {}
+        dropped = set(self._dropped)
         for commit in commits:
             for row in commit.samples:
+                if row.id in dropped:
+                    self._add(
+                        "shard",
+                        f"shard {commit.shard}, sample {row.id}: dropped, but still stored; the drop was interrupted, run it again",
+                        commit.shard,
+                        row.id,
+                    )
                 if row.id in seen:
                     self._add(
                         "shard",
@@ -232,34 +241,46 @@ class _Verification:
             return False
         good = True
         for array, stored in zip(array_keys(manifest), commit.objects, strict=bool(commit.samples)):
-            try:
-                content = self._storage.read(stored.path)
-            except FileNotFoundError:
-                content = b""
-            self._bytes += len(content)
+            problem = self._object_problem(stored, index_bytes(manifest, array))
             self._progress(self._bytes, total)
-            problem = None
-            if len(content) != stored.size_bytes:
-                problem = f"{len(content) or 'no'} bytes, expected {stored.size_bytes}"
-            elif bytes_sha256(content) != stored.sha256:
-                problem = f"sha256 {bytes_sha256(content)[:12]}, expected {stored.sha256[:12]}"
-            elif bytes_sha256(content[-index_bytes(manifest, array) :]) != stored.index_sha256:
-                problem = "its index does not hash to what the record says"
             if problem:
                 good = False
                 samples = ", ".join(row.id[:12] for row in commit.samples[:3])
                 self._add("shard", f"shard {commit.shard}: {stored.path}: {problem} (samples {samples} ...)", commit.shard)
         return good
 
-    def _decode(self, manifest: Manifest, commit: Commit) -> None:
-        """Read every sample of a shard through the codecs, all at once, and one by one where that fails."""
+    def _object_problem(self, stored: StoredObject, end_bytes: int) -> str | None:
+        """What tells one file of a shard from the one that was committed."""
+        try:
+            content = self._storage.read(stored.path)
+        except FileNotFoundError:
+            content = b""
+        except OSError as error:
+            return f"cannot be read ({error})"
+        self._bytes += len(content)
+        if len(content) != stored.size_bytes:
+            return f"{len(content) or 'no'} bytes, expected {stored.size_bytes}"
+        if bytes_sha256(content) != stored.sha256:
+            return f"sha256 {bytes_sha256(content)[:12]}, expected {stored.sha256[:12]}"
+        if bytes_sha256(content[-end_bytes:]) != stored.index_sha256:
+            return "its index does not hash to what the record says"
+        return None
+
+    def _decode(self, manifest: Manifest, commit: Commit, good: bool) -> None:
+        """Read every sample of a shard through the codecs, all at once, and one by one where that fails.
+
+        Args:
+            good: whether its files are those committed; of others the damaged samples are named, where the files are whole.
+        """
         try:
             store = Store(self._storage, [commit])
+            store.verify_shard(commit.shard)
             blocks = _blocks(manifest.spec)
             for first in range(0, len(store), 16):
                 self._decode_samples(store, list(range(first, min(first + 16, len(store)))), blocks)
         except KVStoreError as error:
-            self._add("shard", f"shard {commit.shard}: {error}", commit.shard)
+            if good:
+                self._add("shard", f"shard {commit.shard}: {error}", commit.shard)
 
     def _decode_samples(self, store: Store, indices: list[int], blocks: list[list[int]]) -> None:
         try:

@@ -41,6 +41,28 @@ from kvstore.storage import STAGING, Storage
 
 _OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE}
 _CREATING = f"{STAGING}/creating"
+_EXACT = {"centred_error": 0.0, "max_abs_error": 0.0}
+_MOST_SHOWN = 5
+
+
+def refuse_strangers(storage: Storage) -> None:
+    """Make sure that a store may be created here: there is nothing, or what a creation leaves that died before its manifest.
+
+    Raises:
+        StoreFormatError: there is something that is not the beginning of a store.
+    """
+    # What such a creation leaves lies beside this file.
+    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if storage.size(_CREATING) is not None else {STAGING}
+    strangers: set[str] = set()
+    for entry in storage.entries(""):
+        strangers |= {entry.key.partition("/")[0]} - ours
+        if len(strangers) == _MOST_SHOWN:
+            break  # it may be somebody's home
+    if strangers:
+        raise StoreFormatError(
+            f"--out: {storage.location} is not empty and is not a store being created (it holds "
+            f"{', '.join(sorted(strangers))}); choose a new folder"
+        )
 
 
 def create_store(
@@ -60,17 +82,9 @@ def create_store(
     Raises:
         StoreFormatError: there is something that is not the beginning of a store.
     """
-    keys = [entry.key for entry in storage.entries("")]
-    # What a creation leaves behind that died before its manifest lies beside this file.
-    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if _CREATING in keys else {STAGING}
-    strangers = {key.partition("/")[0] for key in keys} - ours
-    if strangers:
-        raise StoreFormatError(
-            f"--out: {storage.location} is not empty and is not a store being created (it holds "
-            f"{', '.join(sorted(strangers)[:5])}); choose a new folder"
-        )
+    refuse_strangers(storage)
     storage.write(_CREATING, b"", replace=True)
-    for entry in [*storage.entries(ARRAYS), *storage.entries(TOKENIZER)]:
+    for entry in [entry for folder in (ARRAYS, TOKENIZER, SAMPLES) for entry in storage.entries(folder)]:
         storage.delete(entry.key)  # of a creation that died before its manifest
     metadata: dict[str, str] = {}
     with storage.scratch("create") as scratch:
@@ -135,7 +149,7 @@ class ShardWriter:
     def __init__(
         self, storage: Storage, manifest: Manifest, calibration: Calibration, shard: int, samples: Sequence[SampleRow]
     ) -> None:
-        self._storage, self._manifest, self._calibration = storage, manifest, calibration
+        self._storage, self.manifest, self._calibration = storage, manifest, calibration
         self.shard, self._samples = shard, tuple(samples)
         tokens = manifest.layout.shard_tokens
         self._codes: dict[tuple[str, Kind], np.ndarray] = {
@@ -159,16 +173,19 @@ class ShardWriter:
         spans: Sequence[tuple[int, int]],
         key: Float[np.ndarray, "token kv_head key_dim"],
         value: Float[np.ndarray, "token kv_head value_dim"],
+        inherited: Mapping[Kind, Mapping[str, float]] | None = None,
     ) -> None:
         """Encode one layer's keys and values of some samples, concatenated.
 
         Args:
             spans: token offset inside the shard and length of each sample, in the order of the token axis.
+            inherited: fidelity of these numbers themselves where they were decoded from another store; its centred error is added
+                in quadrature, its largest error as it is.
 
         Raises:
             CodecError: a value is not finite; shard, sample and layer are named.
         """
-        group, slot = self._manifest.group_of(layer)
+        group, slot = self.manifest.group_of(layer)
         for kind, values in zip(KINDS, (key, value), strict=True):
             mean, step = channels_of(self._calibration, group, kind, slot)
             try:
@@ -176,7 +193,7 @@ class ShardWriter:
             except CodecError as error:
                 raise self._name_sample(error, layer, kind, spans, values) from None
             self._place(group, kind, slot, spans, codes)
-            self._measure(layer, kind, values, codes, mean, step)
+            self._measure(layer, kind, values, codes, mean, step, inherited[kind] if inherited else _EXACT)
 
     def put_tokens(self, offset: int, input_ids: Int32[np.ndarray, "token"]) -> None:
         """Token ids of one sample at a token offset inside the shard."""
@@ -187,7 +204,7 @@ class ShardWriter:
         self, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], codes: codecs.Codes, fidelity: Mapping[str, float]
     ) -> None:
         """Take codes as another store of the same signal has them, with that store's fidelity in place of a measurement."""
-        group, slot = self._manifest.group_of(layer)
+        group, slot = self.manifest.group_of(layer)
         self._place(group, kind, slot, spans, codes)
         quantizer = group.quantizer(kind)
         self._errors[layer, kind].adopt(fidelity, codes.size * (quantizer.values_per_byte if quantizer else 1))
@@ -209,7 +226,7 @@ class ShardWriter:
                 objects, bits = self._write_objects(scratch, replace)
             commit = Commit(
                 shard=self.shard,
-                signal=self._manifest.signal_fingerprint,
+                signal=self.manifest.signal_fingerprint,
                 objects=tuple(objects),
                 samples=self._samples,
                 fidelity=self._fidelity(bits),
@@ -244,24 +261,32 @@ class ShardWriter:
         token = int(np.argwhere(~np.isfinite(values))[0][0])
         ends = np.cumsum([length for _, length in spans])
         offset = spans[int(np.searchsorted(ends, token, side="right"))][0]
-        start = self.shard * self._manifest.layout.shard_tokens + offset
+        start = self.shard * self.manifest.layout.shard_tokens + offset
         sample = next((row for row in self._samples if row.token_start == start), None)
         named = f"sample {sample.id[:12]} ({sample.source})" if sample else f"the sample at token {start}"
         return CodecError(f"shard {self.shard}, {named}, layer {layer}, {kind}: {error}")
 
     def _measure(
-        self, layer: int, kind: Kind, values: Values, codes: np.ndarray, mean: Channel | None, step: Channel | None
+        self,
+        layer: int,
+        kind: Kind,
+        values: Values,
+        codes: np.ndarray,
+        mean: Channel | None,
+        step: Channel | None,
+        inherited: Mapping[str, float],
     ) -> None:
-        quantizer = self._manifest.group_of(layer)[0].quantizer(kind)
+        quantizer = self.manifest.group_of(layer)[0].quantizer(kind)
         sums = self._errors[layer, kind]
         exact = values.astype(np.float32)
         centred = exact if mean is None else exact - mean
         error = codecs.decode(quantizer, codes, mean, step) - exact
         sums.count += exact.size
         sums.saturated += codecs.saturated(quantizer, codes)
-        sums.squared_error += float(np.vdot(error, error))
-        sums.max_abs_error = max(sums.max_abs_error, float(np.abs(error).max(initial=0.0)))
-        sums.squared += float(np.vdot(centred, centred))
+        squared = float(np.vdot(centred, centred))
+        sums.squared += squared
+        sums.squared_error += float(np.vdot(error, error)) + inherited["centred_error"] ** 2 * squared
+        sums.max_abs_error = max(sums.max_abs_error, float(np.abs(error).max(initial=0.0)) + inherited["max_abs_error"])
 
     def _fidelity(self, bits: Mapping[tuple[int, Kind], float]) -> dict[str, Any]:
         def record(layer: int, kind: Kind) -> dict[str, float]:
@@ -273,28 +298,28 @@ class ShardWriter:
                 "bits": bits[layer, kind] / max(sums.count, 1),
             }
 
-        return {str(layer): {kind: record(layer, kind) for kind in KINDS} for layer in self._manifest.spec.layer_numbers}
+        return {str(layer): {kind: record(layer, kind) for kind in KINDS} for layer in self.manifest.spec.layer_numbers}
 
     def _write_objects(self, scratch: Path, replace: bool) -> tuple[list[StoredObject], dict[tuple[int, Kind], float]]:
-        chunk = self._manifest.layout.chunk_tokens
-        used = self._manifest.layout.padded(self._used_tokens)
+        chunk = self.manifest.layout.chunk_tokens
+        used = self.manifest.layout.padded(self._used_tokens)
         objects: list[StoredObject] = []
         bits: dict[tuple[int, Kind], float] = dict.fromkeys(self._errors, 0.0)
         if not self._samples:  # all were dropped: a shard without objects
-            for array in array_keys(self._manifest):
+            for array in array_keys(self.manifest):
                 self._storage.delete(shard_key(array, self.shard))
             return objects, bits
         for group, kind, array, codes in self._arrays():
             staged = self._stage_array(scratch, array, codes, used)
             if group is not None and kind is not None:
-                sizes = chunk_bytes(staged, len(group.layers), self._manifest.layout.shard_tokens // chunk)
+                sizes = chunk_bytes(staged, len(group.layers), self.manifest.layout.shard_tokens // chunk)
                 bits.update({(layer, kind): 8.0 * size for layer, size in zip(group.layers, sizes, strict=True)})
             content = staged.read_bytes()
             stored = StoredObject(
                 path=shard_key(array, self.shard),
                 size_bytes=len(content),
                 sha256=bytes_sha256(content),
-                index_sha256=bytes_sha256(content[-index_bytes(self._manifest, array) :]),
+                index_sha256=bytes_sha256(content[-index_bytes(self.manifest, array) :]),
             )
             self._publish(staged, stored, replace)
             objects.append(stored)
@@ -308,7 +333,7 @@ class ShardWriter:
             self._storage.write(stored.path, staged, replace=True)
 
     def _arrays(self) -> Iterator[tuple[Group | None, Kind | None, str, np.ndarray]]:
-        for group in self._manifest.groups:
+        for group in self.manifest.groups:
             for kind in KINDS:
                 yield group, kind, array_key(group, group.array(kind)), self._codes[group.path, kind]
         yield None, None, "input_ids", self._input_ids
@@ -317,10 +342,10 @@ class ShardWriter:
         """Write one shard object through a copy of its array's metadata, so nothing half-written lies in the store."""
         folder = scratch / array
         folder.mkdir(parents=True)
-        document = read_metadata(self._storage, self._manifest, f"{array}/zarr.json")
-        num_tokens = (self.shard + 1) * self._manifest.layout.shard_tokens
+        document = read_metadata(self._storage, self.manifest, f"{array}/zarr.json")
+        num_tokens = (self.shard + 1) * self.manifest.layout.shard_tokens
         (folder / "zarr.json").write_text(json.dumps(resized(document, num_tokens)))
-        start = self.shard * self._manifest.layout.shard_tokens
+        start = self.shard * self.manifest.layout.shard_tokens
         with_layers = codes.ndim > 1
         region = (slice(None), slice(start, start + used)) if with_layers else (slice(start, start + used),)
         target = open_folder(folder)[region]

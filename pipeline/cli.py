@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,16 @@ from typing import Any
 
 import click
 
+from pipeline import store_commands
+from pipeline.terminal import growth_lines, say
+from pipeline.terminal import print_record as _print_record
+
 _CONFIG_OPTIONS = (
-    click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file with a table of settings."),
+    click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file with a table of settings, or the name of a shipped recipe such as qwen2-7b-to-0.5b.",
+    ),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting by name; repeat for more."),
 )
 
@@ -26,9 +35,24 @@ def _with_options(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]
     return lambda function: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
 
 
-def say(text: str) -> None:
-    """Tell the person at the terminal, without spoiling a result on stdout."""
-    click.echo(text, err=True)
+_NEEDED = {
+    "teacher": "a preset (kvpipe extract --list), a Hugging Face id, or a folder",
+    "store": "a folder made by kvpipe extract, or s3://bucket/prefix",
+    "student": "a preset, a Hugging Face id, a folder, or a TOML file with a fresh config",
+    "out": "the folder of the run",
+}
+
+
+@contextlib.contextmanager
+def _misuse() -> Iterator[None]:
+    """Settings that are needed and missing are a wrong use of the command; each is named with what it takes."""
+    from pipeline.config import MissingSettingsError
+
+    try:
+        yield
+    except MissingSettingsError as error:
+        flags = "; ".join(f"--{name} is needed: {_NEEDED[name]}" for name in error.names)
+        raise click.UsageError(f"{flags}. A table [{error.section}] in --config FILE can say it too") from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -92,7 +116,8 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     preset = presets.teacher_preset(flags["teacher"]) if flags["teacher"] else None
     if preset is not None:
         defaults = {"data": (preset.data,), "out": preset.out, "max_tokens": preset.max_tokens}
-    chosen = load_config(ExtractConfig, "extract", config, settings, flags)
+    with _misuse():
+        chosen = load_config(ExtractConfig, "extract", config, settings, flags)
     missing = {name: value for name, value in defaults.items() if getattr(chosen, name) in (None, ())}
     chosen = ExtractConfig.model_validate({**chosen.model_dump(), **missing})
     if not chosen.data or chosen.out is None:
@@ -211,10 +236,11 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
     from training.config import TrainConfig
 
     flags["learning_rate"] = flags.pop("lr")
-    chosen = load_config(TrainConfig, "train", config, settings, flags)
+    with _misuse():
+        chosen = load_config(TrainConfig, "train", config, settings, flags)
     from training.trainer import run_training
 
-    summary = run_training(chosen)
+    summary = run_training(chosen, say)
     _print_record(summary.model_dump(mode="json", exclude=set() if as_json else {"config"}), as_json)
 
 
@@ -232,14 +258,8 @@ def demo(out: Path, workers: int, seed: int) -> None:
     run_demo(out, workers=workers, seed=seed, say=say)
 
 
-def _print_record(record: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(record, default=str))
-        return
-    width = max(map(len, record))
-    for name, value in record.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        click.echo(f"{name:{width}}  {shown}")
+for _command in (store_commands.merge, store_commands.recode, store_commands.drop):
+    cli.add_command(_command)
 
 
 def _print_description(record: dict[str, Any]) -> None:
@@ -260,12 +280,13 @@ def _print_description(record: dict[str, Any]) -> None:
         f"{record['shard_tokens']:,} tokens each in chunks of {record['chunk_tokens']}",
         "keys": f"{record['key_domain'].replace('_', '-')}, captured as {record['dtype']}",
         "alignment": _alignment_line(record["alignment"]),
+        **growth_lines(record),
         "signal": record["fingerprints"]["signal"][:16],
         "data": record["fingerprints"]["data"][:16],
         "created": f"{record['created']} by kvpipe {record['kvpipe_version']}",
     }
     for name, text in lines.items():
-        console.print(f"  {name:10} {text}", highlight=False)
+        console.print(f"  {name:11} {text}", highlight=False)
     table = Table("array group", "layers", "kv heads", "key dim", "value dim", "codec")
     for group in record["groups"]:
         table.add_row(*(str(value) for value in group.values()))
@@ -295,7 +316,19 @@ def _alignment_line(alignment: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Entry point of `kvpipe`: turns expected errors into one readable message."""
+    """Entry point of `kvpipe`: quiet where whoever reads our output has had enough, as `head` has."""
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at exit, and tells
+        sys.exit(1)
+
+
+def _run() -> None:
+    """Run the command; expected errors become one readable message."""
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:

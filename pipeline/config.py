@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
+from pipeline.presets_path import configs_dir
+
 Location = Annotated[str, pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A folder, or `s3://bucket/prefix`, as `kvstore.storage.locate` takes it; a Path would lose the second slash."""
 
@@ -78,12 +80,25 @@ class ExtractConfig(pydantic.BaseModel):
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 
+class MissingSettingsError(ValueError):
+    """Settings without which nothing can run were given nowhere: a wrong use of the command, not a wrong value."""
+
+    def __init__(self, names: Sequence[str], section: str) -> None:
+        super().__init__(", ".join(names))
+        self.names = tuple(names)
+        self.section = section
+
+
 def load_config(
     model: type[Config], section: str, file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]
 ) -> Config:
     """Put a config together: the file's table, then `--set name=value`, then flags; the later wins.
 
+    Args:
+        file: a TOML file, or the name of a shipped recipe.
+
     Raises:
+        MissingSettingsError: settings that must be given were not.
         ValueError: the file, a setting or the result is wrong; every problem is listed with its field.
     """
     merged: dict[str, Any] = {}
@@ -95,14 +110,27 @@ def load_config(
     try:
         return model.model_validate(merged)
     except pydantic.ValidationError as error:
+        if all(problem["type"] == "missing" for problem in error.errors()):
+            raise MissingSettingsError([str(problem["loc"][0]) for problem in error.errors()], section) from None
         problems = [f"  {'.'.join(map(str, problem['loc'])) or section}: {problem['msg']}" for problem in error.errors()]
         known = ", ".join(model.model_fields)
         raise ValueError("settings:\n" + "\n".join(problems) + f"\nknown settings are: {known}") from None
 
 
+def recipes() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    return {path.stem: path for path in sorted((configs_dir() / "recipes").glob("*.toml"))}
+
+
 def _read_table(file: Path, section: str) -> dict[str, Any]:
+    if not file.exists() and str(file) in recipes():
+        file = recipes()[str(file)]
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"--config: there is no file {file} and no recipe of that name; recipes are {', '.join(recipes())}"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"--config: {file} cannot be read as TOML: {error}") from None
     table = document.get(section)

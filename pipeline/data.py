@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -19,11 +21,13 @@ import numpy as np
 from jaxtyping import Int32
 
 from kvstore.commits import sample_id
+from pipeline.models.resolve import HUB_TIMEOUT_S, one_line, within
 
 _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SHUFFLE_BUFFER = 10_000
 _TOKENIZE_AT_ONCE = 64
+_ZSTD_BYTES_AT_ONCE = 4096  # what comes of them is in memory at once: seldom over 100 KB, and never over 128 MB
 MIN_SAMPLE_TOKENS = 2
 """A sample of one token predicts nothing."""
 
@@ -102,10 +106,8 @@ def _documents(name: str, rows: Iterable[Mapping[str, Any]], text_field: str) ->
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import fsspec
-
     try:
-        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
+        with io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig") as file:  # type: ignore[type-var]  # typeshed asks more of it
             for number, line in enumerate(file):
                 if line.strip():
                     row = json.loads(line)
@@ -114,6 +116,49 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     yield row
     except (EOFError, OSError, ValueError, _zstd_error()) as error:
         raise ValueError(f"--data: {path} is not complete JSON lines: {error}; repair it or leave it out") from error
+
+
+def _decompressed(path: Path) -> io.BufferedIOBase:
+    """The bytes of a file behind its compression; reading raises EOFError where a compressed file was cut short."""
+    if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
+        raise EOFError("the file is empty")
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    return io.BufferedReader(_ZstdFile(path)) if path.suffix == ".zst" else path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """A zstd file of any number of frames as bytes. The library's own reader takes a file cut inside a frame for a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._file, self._new = path.open("rb"), zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        """The frame being decompressed, None between frames."""
+        self._rest, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            content = self._rest or self._file.read(_ZSTD_BYTES_AT_ONCE)
+            if not content and self._frame is None:
+                return 0
+            if not content:
+                raise EOFError("it ends inside a zstd frame")
+            self._frame = self._frame or self._new()
+            self._ready, self._rest = memoryview(self._frame.decompress(content)), b""
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        taken = min(len(buffer), len(self._ready))
+        buffer[:taken], self._ready = self._ready[:taken], self._ready[taken:]
+        return taken
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _zstd_error() -> type[Exception]:
@@ -157,16 +202,21 @@ def _split_of(loaded: Any, split: str, name: str) -> Iterable[Mapping[str, Any]]
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
-    import datasets
-    import huggingface_hub
+    from huggingface_hub import HfApi, errors
 
     repo, _, config = name.partition(":")
+    # The bases of the hub's own error are the HTTP library's.
+    failures: tuple[type[BaseException], ...] = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
     try:
+        # Asked first, as for models: by itself the library retries for half a minute.
+        within(HUB_TIMEOUT_S, lambda: HfApi().dataset_info(repo, timeout=HUB_TIMEOUT_S))
+        import datasets
+
         yield from datasets.load_dataset(repo, config or None, split=split, streaming=True)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except failures as error:
         raise ValueError(
-            f"--data: the hub data set {repo!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "check its name and split and the connection, or give local files with --data FILE"
+            f"--data: there is no file or folder {name!r} here, and the hub data set {repo!r} cannot be read "
+            f"({one_line(error)}); check its name and split and the connection, or give local files with --data FILE"
         ) from error
 
 

@@ -111,6 +111,8 @@ class RayExecutor:
     def _actor_factory(self, source: TeacherSource, workers: int) -> Callable[[], Any]:
         """Decide what each actor asks for, and refuse what the cluster could never give: Ray would wait for ever."""
         resources = self._ray.cluster_resources()
+        if source.device.startswith("cuda") and resources.get("GPU", 0) < 1:
+            raise ExecutorError(f"device: got {source.device}, but the Ray cluster has no GPU; set --device to cpu or auto")
         gpus = 1 if resources.get("GPU", 0) >= 1 and source.device != "cpu" else 0
         if gpus * workers > resources.get("GPU", 0) or workers > resources.get("CPU", 0):
             raise ExecutorError(

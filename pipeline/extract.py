@@ -6,47 +6,36 @@ Running it again with the same settings resumes: planning again finds what is co
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tqdm
 import transformers
 
-from kvstore import Store, StoreNotFoundError, open_store
-from kvstore.arrays import read_calibration
-from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fingerprint, fit_groups
-from kvstore.codec import KINDS, Codec, format_codecs, parse_codecs
+from kvstore import Store, open_store
+from kvstore.codec import KINDS, format_codecs, parse_codecs
 from kvstore.commits import committed_shards
-from kvstore.gate import read_gate, write_gate
-from kvstore.lease import LAYOUT, lease
-from kvstore.manifest import Group, Manifest, plan_groups, read_manifest, refuse_mismatch
+from kvstore.lease import LAYOUT, lease, sweep
+from kvstore.manifest import Group, plan_groups, read_manifest
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.storage import Folder, Storage, locate
-from kvstore.writer import create_store
 from pipeline.align import Alignment, default_student_layers
 from pipeline.config import ExtractConfig
 from pipeline.data import Sample, make_samples, read_documents, shuffled
+from pipeline.enter import Run, Say, Signal, enter, gate_after
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
-from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
-from pipeline.identity import run_record, signal_record
+from pipeline.identity import signal_record
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
-from pipeline.parts import Part, append_part, find_part, first_part, refuse_other_data
 from pipeline.plan import Task, estimate_bytes, task_range
-from pipeline.worker import Job, Moments, TaskResult, TeacherInfo, TeacherSource, merge_moments
-
-Say = Callable[[str], None]
+from pipeline.preflight import existing_folder, refuse_device, refuse_out
+from pipeline.worker import Job, TaskResult, TeacherInfo, TeacherSource
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,33 +53,6 @@ class ExtractSummary:
     """New tokens over the time the tasks ran; start-up not counted."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """What all steps of one extraction know."""
-
-    config: ExtractConfig
-    resolved: ResolvedModel
-    storage: Storage
-    tokenizer: Any
-    samples: list[Sample]
-    seq_len: int
-    say: Say
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Signal:
-    """What will lie on disk, as the loaded teacher has it."""
-
-    info: TeacherInfo
-    alignment: Alignment | None
-    stored: KVSpec
-    codecs: Mapping[int, Codec]
-    groups: tuple[Group, ...]
-    record: dict[str, Any]
-    """The signal of the manifest, but the calibration."""
-    job: Job
-
-
 def extract(
     config: ExtractConfig, resolved: ResolvedModel, say: Say = lambda text: print(text, file=sys.stderr)
 ) -> ExtractSummary:
@@ -106,16 +68,19 @@ def extract(
     """
     started = time.perf_counter()
     assert config.out is not None
+    storage = locate(config.out)
+    refuse_out(storage)
+    refuse_device(config)
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
             say(f"warning: {problem}")
     tokenizer = load_tokenizer(resolved.path)
     seq_len = min(config.seq_len, model_config.get_text_config().max_position_embeddings)
-    run = _Run(
+    run = Run(
         config=config,
         resolved=resolved,
-        storage=locate(config.out),
+        storage=storage,
         tokenizer=tokenizer,
         samples=_samples(config, tokenizer, seq_len),
         seq_len=config.seq_len,
@@ -126,13 +91,16 @@ def extract(
         signal = _signal(run, executor.describe())
         _announce(run, signal)
         with lease(run.storage, LAYOUT, LAYOUT + 1, "kvpipe extract", wait=say):
-            part = _enter(run, signal, executor)
+            part = enter(run, signal, executor)
         chosen = range(len(part.tasks)) if config.task_range is None else task_range(config.task_range, len(part.tasks))
         tasks = [part.tasks[index] for index in chosen]
         with lease(run.storage, part.first_shard + chosen.start, part.first_shard + chosen.stop, "kvpipe extract"):
             results, seconds = _run_tasks(run, executor, signal.job, tasks)
-        compact(run.storage)
-        _gate_after(run, signal, executor)
+            # Under the lease, for a drop at the same time would find its texts written into a table again.
+            compact(run.storage)
+            gate_after(run, signal, executor)
+        if len(committed_shards(storage)) == read_manifest(storage).layout.num_shards:
+            sweep(storage, "kvpipe extract")
     finally:
         executor.close()
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
@@ -168,7 +136,7 @@ def _samples(config: ExtractConfig, tokenizer: Any, seq_len: int) -> list[Sample
     return sorted(samples, key=lambda sample: sample.id)
 
 
-def _signal(run: _Run, info: TeacherInfo) -> _Signal:
+def _signal(run: Run, info: TeacherInfo) -> Signal:
     """What this teacher and these settings store."""
     largest = max(int(sample.input_ids.max()) for sample in run.samples)
     if largest >= info.num_embeddings:
@@ -177,7 +145,7 @@ def _signal(run: _Run, info: TeacherInfo) -> _Signal:
         )
     alignment, stored = _stored(run, info)
     codecs = parse_codecs(run.config.codec, stored.layer_numbers)
-    return _Signal(
+    return Signal(
         info=info,
         alignment=alignment,
         stored=stored,
@@ -193,7 +161,7 @@ def _signal(run: _Run, info: TeacherInfo) -> _Signal:
     )
 
 
-def _stored(run: _Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
+def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
     """The alignment to a named student, and the geometry that will lie on disk."""
     config = run.config
     if config.student is None:
@@ -221,13 +189,12 @@ def _stored(run: _Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
     return alignment, info.spec.select(alignment.teacher_layers)
 
 
-def _announce(run: _Run, signal: _Signal) -> None:
+def _announce(run: Run, signal: Signal) -> None:
     config, tokens = run.config, sum(len(sample.input_ids) for sample in run.samples)
     size = estimate_bytes(signal.stored, signal.codecs, tokens)
     free = ""
     if isinstance(run.storage, Folder):
-        existing = next(folder for folder in (run.storage.root, *run.storage.root.absolute().parents) if folder.exists())
-        free = f" ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)"
+        free = f" ({shutil.disk_usage(existing_folder(run.storage.root)).free / 1e9:.0f} GB free)"
     run.say(
         f"{config.teacher}: {len(run.samples):,} samples, {tokens:,} tokens, {len(signal.stored.layers)} layers "
         f"({format_layers(signal.stored.layer_numbers)}), codec {format_codecs(signal.codecs)}: about {size / 1e9:.3g} GB into "
@@ -237,127 +204,7 @@ def _announce(run: _Run, signal: _Signal) -> None:
         run.say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")
 
 
-def _enter(run: _Run, signal: _Signal, executor: Executor) -> Part:
-    """The part of the store this run is for: a new store's first, one that is there already, or one to append."""
-    try:
-        store = Store(run.storage)
-    except StoreNotFoundError:
-        return _create(run, signal, executor)
-    stored = {name: value for name, value in store.manifest.signal.items() if name != "calibration"}
-    refuse_mismatch(run.storage.location, stored=stored, wanted=signal.record, what="the signal")
-    part = find_part(store, run.samples, run.seq_len)
-    if part is None and not run.config.append:
-        refuse_other_data(store, run.samples, run.seq_len)
-    if part is None:
-        part = append_part(store, run.samples, run.seq_len, run_record(run.config, run.resolved))
-        new = sum(len(task.samples) for task in part.tasks)
-        run.say(f"--append: {new:,} new samples; {len(run.samples) - new:,} are stored already and count once more")
-    return part
-
-
-def _create(run: _Run, signal: _Signal, executor: Executor) -> Part:
-    part, layout, record = first_part(run.samples, signal.groups, run.seq_len)
-    calibration = _calibration(run, signal, executor, part)
-    digest = calibration_fingerprint(calibration)
-    manifest = Manifest(
-        spec=signal.stored,
-        teacher=signal.info.spec,
-        layout=layout,
-        groups=signal.groups,
-        alignment=signal.alignment.to_json() if signal.alignment else None,
-        calibration=digest,
-        metadata={},
-        tokenizer={},
-        signal={**signal.record, "calibration": digest},
-        data={"parts": [record], "dropped": None},
-        runs=[run_record(run.config, run.resolved)],
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        kvpipe_version=importlib.metadata.version("kvpipe"),
-    )
-    gate = _gate_before(run, signal, executor, calibration)
-    with tempfile.TemporaryDirectory() as folder:
-        run.tokenizer.save_pretrained(folder)
-        create_store(run.storage, manifest, calibration, Path(folder), gate)
-    return part
-
-
-def _gate_before(run: _Run, signal: _Signal, executor: Executor, calibration: Calibration) -> dict[str, Any] | None:
-    """Try the codec on the teacher itself before anything is stored; None where nothing is quantised.
-
-    Raises:
-        FidelityError: its predictions change too much; the message names a codec with which they do not.
-    """
-    if not calibration:
-        return None
-    chosen = gate_sequences([len(sample.input_ids) for sample in run.samples])
-    sequences = tuple(run.samples[index].input_ids for index in chosen)
-    codec = format_codecs(signal.codecs)
-    result: GateResult = executor.ask("gate", signal.job, sequences, codec, calibration)
-    alternatives: list[GateResult] = []
-    if not result.passes(run.config.max_kl) and not run.config.accept_fidelity:
-        for finer in finer_codecs(codec):
-            alternatives.append(executor.ask("gate", signal.job, sequences, finer, None))
-            if alternatives[-1].passes(run.config.max_kl):
-                break
-    return _judge(run, "gate", result, alternatives)
-
-
-def _gate_after(run: _Run, signal: _Signal, executor: Executor) -> None:
-    """When the store is complete, let the teacher read over what lies on disk."""
-    store = Store(run.storage)
-    recorded = read_gate(run.storage).get("after")
-    parts = len(store.manifest.data["parts"])
-    if len(store.samples.summary) < store.manifest.layout.num_shards or (recorded and recorded["parts"] == parts):
-        return
-    chosen = tuple(gate_sequences(store.samples.num_tokens.tolist()))
-    if signal.job.alignment is None:
-        result: GateResult = executor.ask("gate_stored", signal.job, chosen)
-    else:
-        sequences = tuple(store.read([index], layers=()).input_ids for index in chosen)
-        result = executor.ask("gate", signal.job, sequences, format_codecs(signal.codecs), None)
-    record = {**result.to_json(), "passed": result.passes(run.config.max_kl), "limit": run.config.max_kl, "parts": parts}
-    write_gate(run.storage, "after", record)
-    _judge(run, "gate on what is stored", result, [])
-
-
-def _judge(run: _Run, what: str, result: GateResult, alternatives: list[GateResult]) -> dict[str, Any]:
-    passed = result.passes(run.config.max_kl)
-    if not passed and not run.config.accept_fidelity:
-        raise FidelityError(f"{what}: {verdict(result, run.config.max_kl, alternatives)}")
-    run.say(
-        f"{what}: codec {result.codec} changes the teacher's predictions by KL {result.kl:.2g} nats per token, perplexity "
-        f"{100 * result.perplexity_change:+.2f} %, top-1 agreement {result.top1_agreement:.3f} ({result.num_tokens:,} tokens)"
-        + ("" if passed else f"; more than {run.config.max_kl:g}, accepted by --accept-fidelity")
-    )
-    return {**result.to_json(), "passed": passed, "limit": run.config.max_kl}
-
-
-def _calibration(run: _Run, signal: _Signal, executor: Executor, part: Part) -> Calibration:
-    """Mean and step of every channel: those of another store if one was named, else measured on the first tasks."""
-    if all(group.quantizer(kind) is None for group in signal.groups for kind in KINDS):
-        return {}
-    if run.config.calibration is not None:
-        other = locate(run.config.calibration)
-        manifest = read_manifest(other)
-        stored = {name: value for name, value in manifest.signal.items() if name != "calibration"}
-        refuse_mismatch(other.location, stored=stored, wanted=signal.record, what="--calibration: the signal")
-        return read_calibration(other, manifest)
-    chosen, tokens = [], 0
-    for task in part.tasks:
-        chosen.append(task)
-        tokens += task.num_tokens
-        if tokens >= CALIBRATION_TOKENS:
-            break
-    parts: dict[int, Moments] = {}
-    with tqdm.tqdm(desc="calibrate", unit="tok", unit_scale=True, total=tokens) as bar:
-        sizes = {task.shard: task.num_tokens for task in chosen}
-        for shard, moments in executor.calibrate(signal.job, chosen):
-            parts[shard] = moments
-            bar.update(sizes[shard])
-    return fit_groups(signal.groups, merge_moments(parts))
-
-
-def _run_tasks(run: _Run, executor: Executor, job: Job, tasks: list[Task]) -> tuple[list[TaskResult], float]:
+def _run_tasks(run: Run, executor: Executor, job: Job, tasks: list[Task]) -> tuple[list[TaskResult], float]:
     """Run the tasks that are not committed, in waves none of which can pass the byte limit."""
     committed = committed_shards(run.storage)
     todo = [task for task in tasks if task.shard not in committed]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvstore import FingerprintMismatchError, Store
-from kvstore.drop import read_dropped
+from kvstore.drop import dropped_shards
 from kvstore.layout import Layout, plan_layout
 from kvstore.manifest import Group, refuse_mismatch
 from kvstore.records import plain
@@ -96,8 +96,8 @@ def append_part(store: Store, samples: Sequence[Sample], seq_len: int, run: dict
     fresh = _unstored(store, samples, planned)
     tasks = _tasks(store, fresh, planned)
     known = set(store.samples.ids)
-    write_repeats(store.storage, number, {sample.id: sample.count for sample in samples if sample.id in known})
-    record = {**data_record(samples, seq_len), "first_shard": planned, "num_shards": len(tasks)}
+    repeats = write_repeats(store.storage, number, {sample.id: sample.count for sample in samples if sample.id in known})
+    record = {**data_record(samples, seq_len), "first_shard": planned, "num_shards": len(tasks), "repeats": repeats}
     extend_store(
         store.storage,
         dataclasses.replace(
@@ -111,19 +111,19 @@ def append_part(store: Store, samples: Sequence[Sample], seq_len: int, run: dict
 
 
 def _unstored(store: Store, samples: Sequence[Sample], first_shard: int) -> list[Sample]:
-    """The samples that no earlier part has stored."""
+    """The samples that no earlier part has stored; those dropped from this part since are among them, for they have their rows."""
     if first_shard == 0:
         return list(samples)
     earlier = {
         identity for identity, shard in zip(store.samples.ids, store.samples.shard.tolist(), strict=True) if shard < first_shard
     }
-    earlier |= set(read_dropped(store.storage))
+    earlier |= {identity for identity, shard in dropped_shards(store.storage).items() if shard < first_shard}
     return [sample for sample in samples if sample.id not in earlier]
 
 
 def _tasks(store: Store, samples: Sequence[Sample], first_shard: int) -> list[Task]:
     """Tasks of a part, without samples that were dropped from the store since."""
-    dropped = set(read_dropped(store.storage))
+    dropped = dropped_shards(store.storage)
     return [
         dataclasses.replace(task, samples=tuple(sample for sample in task.samples if sample.row.id not in dropped))
         for task in plan_tasks(samples, store.manifest.layout, first_shard)

@@ -6,13 +6,13 @@ Pure functions of lengths and settings, so that a resumed or retried run plans e
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from kvstore import manifest
 from kvstore.codec import Codec
 from kvstore.commits import SampleRow, token_crc32c
 from kvstore.layout import Layout, fill_shards
@@ -115,15 +115,7 @@ def padded_length(length: int, max_positions: int) -> int:
 
 def data_record(samples: Sequence[Sample], seq_len: int) -> dict[str, Any]:
     """Identity of the data of a store: every sample in order, by content."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.id} {sample.count}\n".encode())
-    return {
-        "samples": digest.hexdigest(),
-        "num_samples": len(samples),
-        "num_tokens": sum(len(sample.input_ids) for sample in samples),
-        "seq_len": seq_len,
-    }
+    return manifest.data_record(((sample.id, sample.count, len(sample.input_ids)) for sample in samples), seq_len)
 
 
 def estimate_bytes(spec: KVSpec, codecs: Mapping[int, Codec], num_tokens: int) -> int:

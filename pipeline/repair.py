@@ -16,6 +16,7 @@ import numpy as np
 from kvstore import KVStoreError, Store
 from kvstore.arrays import open_array, unreachable
 from kvstore.commits import Commit, SampleRow, commit_key, read_commit, sample_id
+from kvstore.drop import read_dropped
 from kvstore.lease import EVERYTHING, lease
 from kvstore.manifest import SAMPLES, refuse_mismatch
 from kvstore.samples import compact
@@ -156,11 +157,13 @@ def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[s
 
 
 def _tasks_of(store: Store, commits: Iterable[Commit], tokenizer: Any) -> tuple[list[Task], list[int]]:
+    """Tasks from commit records, and the shards whose tokens are lost; an interrupted drop is finished."""
     tasks: list[Task] = []
     lost: list[int] = []
+    dropped = set(read_dropped(store.storage))
     for commit in commits:
         start = commit.shard * store.manifest.layout.shard_tokens
-        found = [(row, _tokens_of(store, row, tokenizer)) for row in commit.samples]
+        found = [(row, _tokens_of(store, row, tokenizer)) for row in commit.samples if row.id not in dropped]
         if any(tokens is None for _, tokens in found):
             lost.append(commit.shard)
             continue

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+# Tiny models lose by a second thread, and much where several tests share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
 
 from kvstore.calibration import Calibration, ChannelMoments, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, parse_codecs
-from kvstore.commits import SampleRow, sample_id, token_crc32c
-from kvstore.layout import fill_shards, plan_layout
-from kvstore.manifest import Manifest, plan_groups
-from kvstore.samples import compact
+from kvstore.commits import Commit, SampleRow, create_commit, sample_id, token_crc32c
+from kvstore.layout import Layout, fill_shards, plan_layout
+from kvstore.manifest import Manifest, plan_groups, write_manifest
+from kvstore.samples import ROWS, SUMMARY, compact, write_tables
 from kvstore.spec import Dtype, KVSpec, LayerSpec, RopeSpec
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter, create_store
@@ -87,10 +88,11 @@ def begin_store(
     signal: dict[str, object] | None = None,
     tokenizer: Path | None = None,
     teacher: KVSpec | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Manifest, Calibration, list[list[int]]]:
     """Create the empty store; returns its manifest, calibration and the samples of each shard."""
     lengths = [len(ids) for ids in source.input_ids]
-    calibration = calibrate(source, codec)
+    calibration = calibrate(source, codec) if calibration is None else calibration
     groups = plan_groups(source.spec, parse_codecs(codec, source.spec.layer_numbers))
     layout = plan_layout(lengths, max(group.token_bytes for group in groups))
     tasks = [[index for index, _ in placed] for placed in fill_shards(lengths, layout)]
@@ -159,10 +161,50 @@ def write_store(
     tokenizer: Path | None = None,
     teacher: KVSpec | None = None,
     counts: Sequence[int] | None = None,
+    calibration: Calibration | None = None,
 ) -> Path:
     """A whole committed and compacted store of these samples."""
-    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher)
+    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher, calibration)
     for shard, indices in enumerate(tasks):
         write_shard(root, source, manifest, calibration, shard, indices, documents, texts, counts)
     compact(locate(root))
     return root
+
+
+def write_sample_tables(root: Path, num_shards: int, samples_per_shard: int) -> pa.Table:
+    """A store of many samples of 64 tokens without their keys and values: sealed commit records that say next to nothing, and the
+    tables of all samples in two parts. Returns the rows."""
+    manifest, _, _ = begin_store(root, random_source(small_spec(num_layers=1), [64]))
+    layout = Layout(chunk_tokens=64, shard_tokens=64 * samples_per_shard, num_shards=num_shards)
+    write_manifest(locate(root), dataclasses.replace(manifest, layout=layout))
+    for shard in range(num_shards):
+        record = Commit(shard=shard, signal=manifest.signal_fingerprint, objects=(), samples=(), fidelity={})
+        create_commit(locate(root), record)
+    count = num_shards * samples_per_shard
+    rng = np.random.default_rng(0)
+    digits = rng.bytes(32 * count).hex()
+    numbers = np.arange(count)
+    rows = pa.table(
+        {
+            "id": [digits[64 * index : 64 * (index + 1)] for index in range(count)],
+            "source": [f"document-{index // 7}" for index in range(count)],
+            "shard": numbers // samples_per_shard,
+            "token_start": numbers * 64,
+            "num_tokens": np.full(count, 64),
+            "crc32c": rng.integers(0, 2**32, size=count),
+            "count": 1 + numbers % 3,
+            "text": [f"text of {index}" if index % 5 else None for index in range(count)],
+        }
+    ).cast(ROWS)
+    shards = pa.table(
+        {
+            "shard": np.arange(num_shards),
+            "num_samples": np.full(num_shards, samples_per_shard),
+            "num_tokens": np.full(num_shards, 64 * samples_per_shard),
+            "stored_bytes": np.full(num_shards, 10**8),
+        }
+    ).cast(SUMMARY)
+    half = num_shards // 2
+    write_tables(locate(root), rows.slice(half * samples_per_shard), shards.slice(half))
+    write_tables(locate(root), rows.slice(0, half * samples_per_shard), shards.slice(0, half))
+    return rows

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
+from kvstore import open_store
 from kvstore.codec import CODECS
 from pipeline.cli import cli
 from tests.stores import random_source, small_spec, write_store
@@ -65,6 +67,25 @@ def test_python_in_the_readme_runs_as_written(code: str, tmp_path: Path) -> None
         [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("codec", ["raw", "q8", "q8z", "mix"])
+def test_plain_zarr_in_the_readme_gives_what_the_reader_gives(codec: str, tmp_path: Path) -> None:
+    (code,) = [block for block in blocks("python") if "zarr.open" in block]
+    write_store(tmp_path / "my-store", random_source(small_spec(num_layers=1), [100] * 2), codec)
+    code += "import numpy\nnumpy.save('keys.npy', keys)\n"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
+    expected = open_store(tmp_path / "my-store").read([0]).key[0]
+    np.testing.assert_allclose(np.load(tmp_path / "keys.npy"), expected, rtol=1e-6)
+
+
+def test_xarray_opens_a_store_as_the_readme_says(tmp_path: Path) -> None:
+    xarray = pytest.importorskip("xarray")
+    (arguments,) = re.findall(r"`xarray\.open_zarr\((.*?)\)`", README)
+    write_store(tmp_path / "my-store", random_source(small_spec(), [10]), "q8")
+    with contextlib.chdir(tmp_path):
+        opened = eval(f"open_zarr({arguments})", {"open_zarr": xarray.open_zarr})
+    assert opened["key"].dims == ("layer", "token", "kv_head", "key_dim")
 
 
 def test_the_codec_table_of_the_readme_is_the_codec_ladder() -> None:

@@ -83,8 +83,8 @@ class TrainConfig(BaseModel):
     """CPU threads of torch in each process; None leaves torch's choice. Losses repeat bit by bit only at an equal number."""
     workers: int = Field(default=0, ge=0)
     """Processes that read batches; 0 reads in a thread of this process while the model computes."""
-    report_to: tuple[str, ...] = ()
-    """Experiment trackers of transformers, such as 'tensorboard' or 'wandb'; none unless asked for."""
+    report_to: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()
+    """Experiment trackers of transformers, such as 'tensorboard' or 'wandb', one or a list; none unless asked for."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:

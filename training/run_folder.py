@@ -80,12 +80,24 @@ class RunFolder:
         """Keep a new run from mixing with another's files.
 
         Raises:
-            ValueError: the folder holds a run and `resume` was not asked for, or checkpoints of nobody knows what.
+            ValueError: the folder holds a run and `resume` was not asked for, or files of nobody knows what.
         """
-        if not (self.path / RUN).exists() and any(self.path.glob("checkpoint-*")):
-            raise ValueError(f"out: {self.path} holds checkpoints but no {RUN}; choose another --out")
-        if not resume and (self.path / RUN).exists():
+        if not (self.path / RUN).exists():
+            self._refuse_strangers()
+        elif not resume:
             raise ValueError(f"out: {self.path} already holds a run; continue it with --resume, or choose another --out")
+
+    def _refuse_strangers(self) -> None:
+        """A run writes its record first, so whatever lies in a folder without one is somebody else's."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out: {self.path} is a file, expected a folder or nothing; choose another --out")
+        found = sorted(entry.name + "/" * entry.is_dir() for entry in self.path.glob("*") if entry.name != _staged(RUN))
+        if found:
+            shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            raise ValueError(
+                f"out: {self.path} holds {shown} but no {RUN}, so it is not the folder of a run, and training would write over "
+                "what is there; choose a new --out"
+            )
 
     def refuse_other(self, identity: Mapping[str, Any], parts: Sequence[str]) -> None:
         """Compare some parts of an identity with that of the run in this folder.
@@ -143,12 +155,17 @@ def to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once or not at all."""
-    staged = path.with_name(f".{path.name}.partial")
+    staged = path.with_name(_staged(path.name))
     with staged.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)
+
+
+def _staged(name: str) -> str:
+    """Name of a file while it is being written."""
+    return f".{name}.partial"
 
 
 def _step_of(checkpoint: Path) -> int:

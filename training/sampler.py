@@ -99,7 +99,9 @@ def split_held_out(
     if fraction == 0:
         return everything, everything[:0]
     if len(ids) < 2:
-        raise ValueError(f"eval_fraction: got {fraction}, but the store has {len(ids)} sample(s); set it to 0")
+        raise ValueError(
+            f"eval_fraction: got {fraction}, but the store has {len(ids)} sample(s); hold out none with --set eval_fraction=0"
+        )
     names = ids if len(set(source)) < 2 else source
     smallest: dict[str, str] = {}
     for name, identity in zip(names, ids, strict=True):
@@ -222,7 +224,7 @@ class KVBatchSampler:
         if len(table) < plan.batch_size:
             raise ValueError(
                 f"batch_size: got {plan.batch_size}, but there are {len(table)} training samples; "
-                "use a smaller batch or eval_fraction, or extract more data"
+                "lower --batch-size, hold out fewer with --set eval_fraction=0, or extract more data"
             )
         self.drop_last = True
         self.epoch = 0

@@ -58,7 +58,7 @@ def plan_alignment(store: Store, student: KVSpec, *, layer_map: str, layers: str
         pairs = ", ".join(f"{mapped}<-{teacher}" for mapped, teacher in planned.layer_map)
         raise ValueError(
             f"layer_map: {layer_map} wants student<-teacher layers {pairs}, but the store holds teacher layers "
-            f"{format_layers(store.spec.layer_numbers)} ({store.location}). Choose another layer_map, or extract those layers."
+            f"{format_layers(store.spec.layer_numbers)} ({store.location}). Choose another with --set layer_map=..., or extract those layers."
         )
     return dataclasses.replace(planned, layer_map=stored)
 
@@ -172,7 +172,8 @@ def measure_variances(
         if not (np.isfinite(row) & (row > 0)).all():
             raise ValueError(
                 f"variance of targets: got {row.tolist()} (key, value) for student layer {student}, teacher layer {teacher} "
-                f"({store.location}), expected above 0. Leave the layer out with --layers, or lower sink_tokens ({sink_tokens})."
+                f"({store.location}), expected above 0. Leave the layer out with --set layers=..., or lower "
+                f"--set sink_tokens={sink_tokens}."
             )
     return variances
 

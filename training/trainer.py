@@ -6,18 +6,22 @@ Repeats bit by bit for equal settings on CPU, also across interruptions.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from kvstore.errors import ShardNotCommittedError
 from kvstore.reader import Store, open_store
+from kvstore.spec import format_layers
 from pipeline.models.probe import probe_kv_spec
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
@@ -35,14 +39,14 @@ log = logging.getLogger(__name__)
 _SAMPLES_PER_READ = 256
 
 
-def run_training(config: TrainConfig) -> TrainSummary:
+def run_training(config: TrainConfig, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> TrainSummary:
     """Train a student as told and leave metrics, checkpoints, a plot, a summary and the model in `config.out`.
 
     Under torchrun every rank calls this; the main one writes. Sets torch's number of threads while it runs.
 
     Raises:
         ValueError: settings, store and student do not fit each other; nothing was trained.
-        KVStoreError: the store is missing or damaged.
+        KVStoreError: the store is missing, empty or damaged.
     """
     folder = RunFolder(config.out)
     store = open_store(config.store)
@@ -50,8 +54,16 @@ def run_training(config: TrainConfig) -> TrainSummary:
         folder.refuse_unless_resuming(config.resume)
     finished = folder.summary()
     if finished is not None:
-        folder.refuse_other(_identity(config, store, None), ("store", "config"))
+        folder.refuse_other(_identity(config, store, None), ("store", "samples", "config"))
         return finished
+    committed, planned = len(store.samples.summary), store.manifest.layout.num_shards
+    if len(store) == 0:
+        raise ShardNotCommittedError(
+            f"store: {store.location} has no samples yet, {committed} of {planned} shards are committed; run its 'kvpipe extract' "
+            "command again"
+        )
+    if committed < planned and _is_main():
+        say(f"store: {committed} of {planned} shards of {store.location} are committed; training on what is there")
     with _threads(config.threads):
         return _train(config, folder, store)
 
@@ -162,11 +174,24 @@ def _identity(config: TrainConfig, store: Store, objective: KVObjective | None) 
     return to_plain(
         {
             "store": store.manifest.fingerprint,
+            "samples": _samples_identity(store),
             "config": config.model_dump(mode="json", exclude=set(FREE_FIELDS)),
             "alignment": None if objective is None else objective.targets.alignment.to_json(),
             "variances": None if objective is None else objective.variances.tolist(),
         }
     )
+
+
+def _samples_identity(store: Store) -> dict[str, Any]:
+    """What of the store's plan is there to train on: a store may grow while it is extracted."""
+    digest = hashlib.sha256(store.samples.count.astype("<i8").tobytes())
+    for identity in store.samples.ids:
+        digest.update(identity.encode())
+    return {
+        "shards": format_layers(store.samples.summary["shard"].to_pylist()),
+        "num_samples": len(store),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:

@@ -178,7 +178,7 @@ def build_student(spec: str, vocab_size: int | None, seed: int) -> tuple[PreTrai
     try:
         path = resolve_model(spec if preset is None or preset.id is None else preset.id).path
     except ModelLoadError as error:
-        raise ModelLoadError(f"student {error} Student presets are {', '.join(student_preset_names())}") from error
+        raise ModelLoadError(f"student {error}. Student presets are {', '.join(student_preset_names())}") from error
     return load_causal_lm(path, dtype="float32"), load_tokenizer(path)
 
 

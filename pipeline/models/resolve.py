@@ -98,7 +98,7 @@ def _snapshot(repo_id: str, revision: str | None, name: str) -> Path:
         snapshot_download, repo_id, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
     )
     try:
-        _within(HUB_TIMEOUT_S, lambda: HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S))
+        within(HUB_TIMEOUT_S, lambda: HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S))
     except errors.HFValidationError as error:
         raise ModelLoadError(_hub_message(error, repo_id, revision, name)) from error
     except failures as error:
@@ -114,7 +114,7 @@ def _snapshot(repo_id: str, revision: str | None, name: str) -> Path:
         ) from error
 
 
-def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
+def within(seconds: float, call: Callable[[], Answer]) -> Answer:
     """Result of `call`, or TimeoutError: a name lookup or a trickling answer can outlast the client's own timeouts."""
     future: Future[Answer] = Future()
 

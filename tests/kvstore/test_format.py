@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +27,20 @@ from kvstore import (
     CorruptShardError,
     KVStoreError,
     LayerSpec,
+    LeaseHeldError,
     StoreFormatError,
     StoreNotFoundError,
     open_store,
 )
 from kvstore.codec import CODECS
+from kvstore.drop import drop_samples
+from kvstore.gate import read_gate, write_gate
+from kvstore.lease import EVERYTHING, lease
 from kvstore.records import canonical_json
-from kvstore.samples import compact
+from kvstore.rewrite import merge_stores, recode_store
+from kvstore.samples import compact, write_repeats
 from kvstore.storage import locate
+from kvstore.writer import extend_store
 from tests.stores import Source, begin_store, random_source, small_spec, write_shard, write_store
 
 FORMAT = Path(__file__).parents[2] / "FORMAT.md"
@@ -455,6 +465,20 @@ def test_a_commit_lists_every_object_with_size_and_hash(written: Path) -> None:
     for stored in objects:  # type: ignore[attr-defined]  # the same
         content = (written / stored["path"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (stored["size_bytes"], stored["sha256"])
+        layout = open_store(written).manifest.layout
+        chunks = layout.shard_tokens // layout.chunk_tokens * (1 if "input_ids" in stored["path"] else 3)
+        assert stored["index_sha256"] == hashlib.sha256(content[-(16 * chunks + 8) :]).hexdigest()
+
+
+@rule("5.2")
+def test_a_shard_of_equal_size_with_another_index_is_refused(store_path: Path) -> None:
+    file = store_path / "kv.zarr/key/c/0/1/0/0"
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    index = int(np.flatnonzero(open_store(store_path).samples.shard == 1)[0])
+    with pytest.raises(CorruptShardError, match=r"shard 1: kv\.zarr/key/c/0/1/0/0 has another index than the one committed"):
+        open_store(store_path).read([index])
 
 
 @rule("5.3", "7.1", "7.2")
@@ -570,6 +594,23 @@ def test_a_shard_in_two_parts_counts_once(store_path: Path) -> None:
     assert (samples.ids, len(samples)) == (before, len(before))
 
 
+@rule("10.3")
+def test_repeats_count_once_the_manifest_names_them(store_path: Path) -> None:
+    first = open_store(store_path).samples.ids[0]
+    body = {"part": 1, "counts": {first: 2}}
+    digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    (store_path / "samples/repeats-00001.json").write_text(json.dumps({**body, "sha256": digest}))
+    assert set(open_store(store_path).samples.count) == {1}
+    data = {**manifest_of(store_path)["data"], "parts": [{}, {"repeats": digest}]}  # type: ignore[dict-item]  # plain JSON
+    fingerprint = hashlib.sha256(canonical_json(data).encode()).hexdigest()
+    signal = manifest_of(store_path)["fingerprints"]["signal"]  # type: ignore[index]  # the same
+    reseal(store_path / "manifest.json", data=data, fingerprints={"signal": signal, "data": fingerprint})
+    assert open_store(store_path).samples.count.tolist() == [3] + [1] * (len(LENGTHS) - 1)
+    (store_path / "samples/repeats-00001.json").unlink()
+    with pytest.raises(StoreFormatError, match=r"repeats-00001\.json: hashes to nothing"):
+        _ = open_store(store_path).samples.count
+
+
 @rule("7.3")
 def test_chunks_of_samples_are_stored_even_when_they_equal_the_fill_value(tmp_path: Path) -> None:
     spec = small_spec(num_layers=1)
@@ -609,7 +650,7 @@ def test_an_object_lost_after_its_shard_was_first_read_raises(store_path: Path) 
     indices = np.flatnonzero(store.samples.shard == 1).tolist()
     store.read(indices)
     (store_path / "kv.zarr/key/c/0/1/0/0").unlink()
-    with pytest.raises(CorruptShardError, match="shard 1, samples"):
+    with pytest.raises(CorruptShardError, match="shard 1, sample "):
         store.read(indices)
 
 
@@ -637,10 +678,13 @@ def test_swapped_token_shards_raise_naming_shard_and_sample(tmp_path: Path) -> N
         twin = by_size.setdefault(file.stat().st_size, file)
         if twin is not file:
             break
-    contents = twin.read_bytes(), file.read_bytes()
     assert twin is not file, "no two shards of equal size: the size check alone would catch the swap"
-    twin.write_bytes(contents[1])
-    file.write_bytes(contents[0])
+    contents = {file: twin.read_bytes(), twin: file.read_bytes()}
+    listed = {file: commit_of(path, int(file.name))["objects"], twin: commit_of(path, int(twin.name))["objects"]}
+    for target, other in ((file, twin), (twin, file)):  # with records that fit, so that only the token ids are left to tell
+        target.write_bytes(contents[target])
+        swapped = {**listed[other][-1], "path": listed[target][-1]["path"]}  # type: ignore[index]  # plain JSON
+        reseal(path / f"commits/{int(target.name):05d}.json", objects=[*listed[target][:-1], swapped])  # type: ignore[index]  # the same
     store = open_store(path)
     index = int(np.flatnonzero(store.samples.shard == int(file.name))[0])
     with pytest.raises(CorruptShardError, match=rf"shard {file.name}, sample {index} \(id"):
@@ -655,6 +699,216 @@ def test_token_ids_are_read_back_as_written(written: Path, source: Source) -> No
     np.testing.assert_array_equal(batch.input_ids, np.concatenate([source.input_ids[index] for index in order]))
     assert np.diff(batch.cu_seqlens).tolist() == [LENGTHS[index] for index in order]
     assert batch.key.size == batch.value.size == 0
+
+
+@rule("2.6")
+def test_zarr_metadata_is_the_one_the_manifest_names_but_for_its_length(store_path: Path) -> None:
+    metadata = manifest_of(store_path)["metadata"]
+    assert isinstance(metadata, dict)
+    files = {str(file.relative_to(store_path / "kv.zarr")): file for file in (store_path / "kv.zarr").rglob("zarr.json")}
+    assert metadata.keys() == files.keys()
+    for name, file in files.items():
+        document = json.loads(file.read_text())
+        axes = document.get("dimension_names", [])
+        if "token" in axes:
+            document["shape"][axes.index("token")] = None
+        assert metadata[name] == hashlib.sha256(canonical_json(document).encode()).hexdigest()
+    file = files["key/zarr.json"]
+    file.write_text(file.read_text().replace('"fill_value": 0', '"fill_value": 1'))
+    with pytest.raises(CorruptShardError, match=r"key/zarr\.json: its content hashes to"):
+        open_store(store_path).read([0])
+
+
+@rule("2.7")
+def test_the_manifest_names_the_tokenizer_files(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    path = write_store(tmp_path / "store", source, tokenizer=tmp_path / "tokenizer")
+    assert manifest_of(path)["tokenizer"] == {"tokenizer.json": hashlib.sha256(b"{}").hexdigest()}
+
+
+@rule("3.11")
+def test_unsharded_arrays_are_stored_even_when_they_are_zero(tmp_path: Path) -> None:
+    source = random_source(small_spec(num_layers=1), [20])
+    source.kv[0][0][1][:] = 0.0
+    path = write_store(tmp_path / "store", source, "q8")
+    assert (path / "kv.zarr/layer/c/0").read_bytes()[:4] == bytes(4)
+    assert (path / "kv.zarr/value_mean/c/0/0/0").is_file()
+    assert not open_store(path).read([0]).value.any()
+
+
+@rule("6.5")
+def test_tables_are_named_for_their_content(store_path: Path) -> None:
+    (part,), (summary,) = ((store_path / "samples").glob(f"{name}-*.parquet") for name in ("part", "summary"))
+    names = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in (part, summary)]
+    assert (part.name, summary.name) == (f"part-{names[0]}.parquet", f"summary-{names[0]}-{names[1]}.parquet")
+    (store_path / "samples" / "part-0000000000000000.parquet").write_bytes(part.read_bytes())
+    assert len(open_store(store_path)) == len(LENGTHS)
+    summary.write_bytes(summary.read_bytes() + b"x")
+    with pytest.raises(StoreFormatError, match="does not hash to its name"):
+        open_store(store_path)
+
+
+@rule("6.6")
+def test_columns_of_a_part_have_digests(written: Path, store_path: Path) -> None:
+    (part,), (summary,) = ((store_path / "samples").glob(f"{name}-*.parquet") for name in ("part", "summary"))
+    digests = json.loads(pq.read_schema(summary).metadata[b"kvpipe.columns"])
+    table = pq.read_table(part)
+    assert digests.keys() == set(table.column_names)
+    texts = [text.encode() for text in table["text"].to_pylist()]
+    content = np.array([len(text) for text in texts], dtype="<i8").tobytes() + b"".join(texts)
+    assert digests["text"] == hashlib.sha256(content).hexdigest()
+    starts = np.array(table["token_start"].to_pylist(), dtype="<i8").tobytes()
+    assert digests["token_start"] == hashlib.sha256(starts).hexdigest()
+    pq.write_table(table.set_column(1, "source", [["another"] * len(table)]), part)
+    changed = open_store(store_path)
+    assert changed.samples.ids == open_store(written).samples.ids
+    with pytest.raises(StoreFormatError, match="column 'source' is not what its summary says"):
+        _ = changed.samples.source
+
+
+@rule("9.1")
+def test_the_gate_record_may_be_missing_and_a_damaged_one_is_seen(store_path: Path) -> None:
+    assert read_gate(locate(store_path)) == {}
+    write_gate(locate(store_path), "before", {"kl": 0.01, "passed": True})
+    write_gate(locate(store_path), "after", {"kl": 0.02, "passed": True})
+    record = json.loads((store_path / "gate.json").read_text())
+    assert (record["before"]["kl"], record["after"]["kl"]) == (0.01, 0.02)
+    (store_path / "gate.json").write_text("{")
+    with pytest.raises(StoreFormatError, match=r"gate\.json: not a sealed JSON record"):
+        read_gate(locate(store_path))
+    open_store(store_path).read([0])
+
+
+@pytest.fixture(scope="module")
+def merged(source: Source, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the samples of `written`, written once more by merging it with a twin of another name."""
+    folder = tmp_path_factory.mktemp("merged")
+    signal = {"calibration": manifest_of(written)["calibration"]}
+    sources = [str(write_store(folder / name, source, signal=signal)) for name in ("one", "two")]
+    merge_stores(sources, str(folder / "store"))
+    return folder / "store"
+
+
+@rule("10.1", "10.6")
+def test_the_data_is_a_list_of_parts_and_runs_say_where_they_are_from(merged: Path) -> None:
+    store = open_store(merged)
+    (part,) = store.manifest.data["parts"]
+    lines = "".join(f"{identity} 2\n" for identity in sorted(store.samples.ids))
+    assert part == {
+        "samples": hashlib.sha256(lines.encode()).hexdigest(),
+        "num_samples": len(LENGTHS),
+        "num_tokens": sum(LENGTHS),
+        "seq_len": max(LENGTHS),
+        "first_shard": 0,
+        "num_shards": store.manifest.layout.num_shards,
+    }
+    (run,) = store.manifest.runs
+    assert [found["fingerprint"] for found in run["merged_from"]] == [
+        open_store(merged.parent / name).manifest.fingerprint for name in ("one", "two")
+    ]
+
+
+def _grown(path: Path, source: Source) -> Source:
+    """Append two samples by hand; returns them."""
+    fresh = random_source(source.spec, [90, 40], seed=5)
+    manifest, storage = open_store(path).manifest, locate(path)
+    known = open_store(path).samples.ids[0]
+    repeats = write_repeats(storage, len(manifest.data["parts"]), {known: 3})
+    assert open_store(path).samples.count[0] == 2, "counted before the manifest lists the part"
+    planned = manifest.layout.num_shards
+    part = {**manifest.data["parts"][0], "first_shard": planned, "num_shards": 1, "repeats": repeats}
+    manifest = dataclasses.replace(
+        manifest,
+        layout=dataclasses.replace(manifest.layout, num_shards=planned + 1),
+        data={**manifest.data, "parts": [*manifest.data["parts"], part]},
+    )
+    extend_store(storage, manifest)
+    write_shard(path, fresh, manifest, open_store(path).calibration, planned, [0, 1])
+    return fresh
+
+
+@rule("10.2", "10.3")
+def test_a_store_grows_by_shards_and_known_samples_only_count(merged: Path, source: Source, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(merged, tmp_path / "store"))
+    before, manifest = open_store(path), (path / "manifest.json").read_bytes()
+    expected = before.read(range(len(before)))
+    fresh = _grown(path, source)
+    store = open_store(path)
+    assert len(store) == len(before) + 2
+    assert store.manifest.layout.shard_tokens == before.manifest.layout.shard_tokens
+    np.testing.assert_array_equal(store.read(range(len(before))).key, expected.key)
+    np.testing.assert_array_equal(store.read([len(before)], layers=()).input_ids, fresh.input_ids[0])
+    assert store.samples.count.tolist() == [5, *[2] * (len(before) - 1), 1, 1]
+    (path / "samples/repeats-00001.json").rename(path / "repeats")
+    with pytest.raises(StoreFormatError, match=r"repeats-00001\.json: hashes to nothing"):
+        _ = open_store(path).samples.count
+    (path / "manifest.json").write_bytes(manifest)  # as if it had died before the manifest: the arrays are longer
+    (path / f"commits/{before.manifest.layout.num_shards:05d}.json").unlink()
+    np.testing.assert_array_equal(open_store(path).read(range(len(before))).key, expected.key)
+    (path / "manifest.json").write_bytes(manifest)
+    document = path / "kv.zarr/key/zarr.json"
+    record = json.loads(document.read_text())
+    record["shape"][1] = before.manifest.layout.shard_tokens
+    document.write_text(json.dumps(record))
+    with pytest.raises(CorruptShardError, match=r"token axis of 320, expected 3840 or more"):
+        open_store(path).read([0])
+
+
+@rule("10.4", "10.5")
+def test_dropped_samples_are_listed_and_gone(merged: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(merged, tmp_path / "store"))
+    before = open_store(path)
+    shard = int(before.samples.shard[-1])
+    gone = sorted(before.samples.ids[index] for index in np.flatnonzero(before.samples.shard == shard))
+    start = dict(zip(before.samples.ids, before.samples.token_start.tolist(), strict=True))
+    assert manifest_of(path)["data"]["dropped"] is None  # type: ignore[index,call-overload]  # plain JSON
+    drop_samples(str(path), gone)
+    assert json.loads((path / "samples/dropped.json").read_text())["shards"] == dict.fromkeys(gone, shard)
+    digest = hashlib.sha256(canonical_json(gone).encode()).hexdigest()
+    assert manifest_of(path)["data"]["dropped"] == digest  # type: ignore[index,call-overload]  # the same
+    after = open_store(path)
+    assert dict(zip(after.samples.ids, after.samples.token_start.tolist(), strict=True)) == {
+        identity: row for identity, row in start.items() if identity not in gone
+    }
+    assert (commit_of(path, shard)["objects"], commit_of(path, shard)["samples"]) == ([], [])
+    np.testing.assert_array_equal(after.read(range(len(after))).key, before_rows(merged, len(after)))
+
+
+def before_rows(path: Path, num_samples: int) -> np.ndarray:
+    return open_store(path).read(range(num_samples)).key
+
+
+@rule("10.7")
+def test_a_recoded_store_names_its_source_and_adds_the_errors(merged: Path, tmp_path: Path) -> None:
+    recode_store(str(merged), "q4z-min", str(tmp_path / "store"))
+    source, store = open_store(merged), open_store(tmp_path / "store")
+    assert store.manifest.signal["recoded_from"] == source.manifest.signal_fingerprint
+    assert store.manifest.runs[0]["recoded_from"]["fingerprint"] == source.manifest.fingerprint
+    exact, decoded = source.read(range(len(source))).value[1], store.read(range(len(store))).value[1]
+    inherited, recorded = (found.samples.fidelity()["1"]["value"] for found in (source, store))
+    new = np.linalg.norm(decoded - exact) / np.linalg.norm(exact - store.calibration[""]["value"][0][1])
+    assert recorded["centred_error"] == pytest.approx(np.hypot(new, inherited["centred_error"]), rel=0.01)
+    bound = np.abs(decoded - exact).max() + inherited["max_abs_error"]
+    assert 0.8 * bound < recorded["max_abs_error"] <= bound * (1 + 1e-6)
+
+
+@rule("11.1", "11.2")
+def test_a_claim_says_who_writes_which_shards_and_dies_with_its_holder(tmp_path: Path) -> None:
+    storage = locate(tmp_path)
+    with lease(storage, 3, 5, "kvpipe extract"):
+        (file,) = (tmp_path / ".staging" / "leases").glob("*.json")
+        claim = json.loads(file.read_text())
+        assert claim.keys() == {"purpose", "first", "stop", "host", "pid", "machine", "started_s"}
+        assert (claim["first"], claim["stop"], claim["pid"]) == (3, 5, os.getpid())
+        with pytest.raises(LeaseHeldError, match="kvpipe drop: kvpipe extract"), lease(storage, *EVERYTHING, "kvpipe drop"):
+            pass
+    file.write_text(json.dumps({**claim, "machine": "elsewhere"}))
+    for age_s, blocked in ((100, True), (140, False)):
+        then = time.time() - age_s
+        os.utime(file, (then, then))
+        with pytest.raises(LeaseHeldError) if blocked else contextlib.nullcontext(), lease(storage, 4, 5, "kvpipe extract"):
+            pass
 
 
 def test_all_store_errors_share_one_base_class() -> None:

@@ -209,7 +209,7 @@ def test_a_fresh_student_needs_a_vocabulary() -> None:
 
 
 def test_an_unknown_student_names_those_there_are() -> None:
-    with pytest.raises(ModelLoadError, match=r"student ./none: there is nothing at .*Student presets are qwen2-0.5b"):
+    with pytest.raises(ModelLoadError, match=r"student ./none: there is nothing at .*\. Student presets are qwen2-0.5b"):
         build_student("./none", vocab_size=258, seed=0)
     with pytest.raises(ModelLoadError, match=r"there is no file none.toml"):
         build_student("none.toml", vocab_size=258, seed=0)

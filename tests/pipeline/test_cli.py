@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import ExtractConfig, load_config
 from pipeline.models.presets import teacher_preset, teacher_preset_names
 from tests.checkpoints import lay_out_hub_cache, save_checkpoint
+from tests.stores import random_source, small_spec, write_store
 
 TEXT = Path(json.__file__)
 
@@ -42,6 +44,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=28,
         num_key_value_heads=4,
         intermediate_size=64,
+        initializer_range=0.02,  # as published models have it, so that the default codec passes the gate
     )
     lay_out_hub_cache(path / "home", "Qwen/Qwen2-7B", checkpoint)
     return path / "home"
@@ -72,7 +75,7 @@ def test_a_preset_runs_offline_from_the_local_hub_cache(hub: Path, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert (summary["out"], summary["num_samples"]) == ("qwen2-7b-kv", 20)
+    assert (Path(summary["out"]).name, summary["num_samples"]) == ("qwen2-7b-kv", 20)
     assert "at most 1,000,000 tokens" in done.stderr
     assert "num_layers: the checkpoint has 2, preset 'qwen2-7b' expected 28" in done.stderr
     described = json.loads(kvpipe("inspect", "qwen2-7b-kv", "--json", cwd=tmp_path).stdout)
@@ -105,7 +108,7 @@ def test_without_the_cache_a_preset_fails_soon_in_one_message(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        pytest.param(["extract"], 1, "teacher: Field required", id="no-teacher"),
+        pytest.param(["extract"], 2, "--teacher is needed", id="no-teacher"),
         pytest.param(["extract", "--teacher", "./nowhere", "--data", "x.txt"], 2, "--data and --out are needed", id="no-out"),
         pytest.param(["extract", "--teacher", "./nowhere", "--data", "x", "--out", "o"], 1, "nowhere", id="bad-folder"),
         pytest.param(["extract", "--teacher", "gpt2", "--codec"], 2, "requires an argument", id="misuse"),
@@ -120,15 +123,22 @@ def test_without_the_cache_a_preset_fails_soon_in_one_message(tmp_path: Path) ->
             "config.json",
             id="no-model",
         ),
-        pytest.param(["extract", "--config", "none.toml"], 1, "none.toml cannot be read", id="no-config"),
-        pytest.param(["inspect", "nothing"], 1, "no store at nothing", id="no-store"),
-        pytest.param(["train", "--student", "s", "--out", "o"], 1, "store: Field required", id="train-no-store"),
+        pytest.param(
+            *(["extract", "--config", "none.toml"], 1, "no file none.toml and no recipe of that name; recipes are llama"),
+            id="no-config",
+        ),
+        pytest.param(["extract", "--config", "bad.toml"], 1, "bad.toml cannot be read as TOML", id="bad-config"),
+        pytest.param(["inspect", "nothing"], 1, "nothing: manifest.json is missing", id="no-store"),
+        pytest.param(["train", "--student", "s", "--out", "o"], 2, "--store is needed: a folder", id="train-no-store"),
+        pytest.param(["train"], 2, "; --out is needed: the folder of the run. A table [train] in", id="train-nothing"),
+        pytest.param(["train", "--steps", "0"], 1, "steps: Input should be greater than", id="train-wrong-and-missing"),
         pytest.param(["nonsense"], 2, "No such command 'nonsense'", id="no-command"),
     ],
 )
 def test_misuse_is_one_message_with_the_right_exit_status(
     arguments: list[str], status: int, message: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "bad.toml").write_text("[extract")
     done = kvpipe(*arguments, cwd=tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
     assert message in done.stderr
@@ -151,6 +161,30 @@ def test_a_config_file_settings_and_flags_override_each_other_in_order(tmp_path:
     assert "complete" in shown
     assert "5 (" in shown
     assert "none: the teacher's own geometry" in shown
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "store"], ["inspect", "store", "--json"], ["verify", "store"], ["--help"]])
+def test_a_reader_that_has_had_enough_is_no_error(arguments: list[str], tmp_path: Path) -> None:
+    write_store(tmp_path / "store", random_source(small_spec(num_layers=40), [9]), "raw")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment, check=False)
+    os.close(writer)
+    assert [line for line in done.stderr.splitlines() if line and not line.startswith("verify:")] == []
+    assert done.returncode == 1
+
+
+def test_a_shipped_recipe_is_found_by_its_name_and_a_file_goes_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = Path("qwen2-7b-to-0.5b")
+    assert load_config(ExtractConfig, "extract", name, (), {}).teacher == "qwen2-7b"
+    name.write_text('[extract]\nteacher = "mine"\n')
+    assert load_config(ExtractConfig, "extract", name, (), {}).teacher == "mine"
+    assert "name of a shipped recipe" in " ".join(kvpipe("train", "--help").stdout.split())
 
 
 def test_the_presets_asked_for_exist_and_are_listed() -> None:

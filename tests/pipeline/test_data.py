@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +25,7 @@ from kvstore.commits import sample_id
 from pipeline.data import Document, make_samples, read_documents, shuffled
 from tests.checkpoints import byte_tokenizer
 
+ROOT = Path(__file__).parents[2]
 TEXTS = ["first text", "zweiter Text mit Ümlaut", "第三 🙂"]
 ROWS = [{"text": text, "n": number} for number, text in enumerate(TEXTS)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -37,6 +44,17 @@ def write_gzip(path: Path) -> str:
 def write_zstd(path: Path) -> str:
     (path / "rows.jsonl.zst").write_bytes(zstandard.compress(LINES))
     return str(path / "rows.jsonl.zst")
+
+
+def write_zstd_frames(path: Path) -> str:
+    lines = LINES.splitlines(keepends=True)
+    (path / "rows.jsonl.zst").write_bytes(b"".join(zstandard.compress(part) for part in (lines[0], b"", *lines[1:])))
+    return str(path / "rows.jsonl.zst")
+
+
+def write_byte_order_mark(path: Path) -> str:
+    (path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES)
+    return str(path / "rows.jsonl")
 
 
 def write_parquet(path: Path) -> str:
@@ -61,7 +79,10 @@ def write_files(path: Path) -> str:
     return str(path / "*.txt")
 
 
-SOURCES = [write_plain, write_gzip, write_zstd, write_parquet, write_dataset, write_splits, write_files]
+SOURCES = [
+    *(write_plain, write_byte_order_mark, write_gzip, write_zstd, write_zstd_frames),
+    *(write_parquet, write_dataset, write_splits, write_files),
+]
 
 
 @pytest.mark.parametrize("write", SOURCES, ids=lambda write: write.__name__)
@@ -94,6 +115,8 @@ def test_globs_reach_subfolders(tmp_path: Path) -> None:
         pytest.param(
             lambda path: _write(path / "x.jsonl.gz", gzip.compress(LINES * 50)[:-30]), "not complete JSON lines", id="cut-gz"
         ),
+        pytest.param(lambda path: _write(path / "x.jsonl.gz", b""), "the file is empty", id="empty-gz"),
+        pytest.param(lambda path: _write(path / "x.jsonl.zst", b""), "the file is empty", id="empty-zstd"),
         pytest.param(lambda path: _write(path / "x.jsonl.zst", b"nonsense"), "not complete JSON lines", id="not-zstd"),
         pytest.param(lambda path: _write(path / "x.parquet", b"PAR1"), "not readable parquet", id="cut-parquet"),
         pytest.param(
@@ -104,6 +127,34 @@ def test_globs_reach_subfolders(tmp_path: Path) -> None:
 def test_bad_data_is_named_with_what_to_do(tmp_path: Path, damage: Callable[[Path], str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(read_documents([damage(tmp_path)]))
+
+
+def test_a_zstd_file_cut_anywhere_inside_a_frame_is_refused_even_after_a_whole_line(tmp_path: Path) -> None:
+    compressor = zstandard.ZstdCompressor().compressobj()
+    frame = b""
+    for line in LINES.splitlines(keepends=True):
+        frame += compressor.compress(line) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    frame += compressor.flush()
+    path = tmp_path / "x.jsonl.zst"
+    decoded = set()
+    for last in range(1, len(frame)):
+        for before in (b"", frame):
+            decoded.add(zstandard.ZstdDecompressor().decompressobj().decompress(frame[:last]))
+            _write(path, before + frame[:last])
+            with pytest.raises(ValueError, match=r"x\.jsonl\.zst is not complete JSON lines: it ends inside a zstd frame"):
+                list(read_documents([str(path)]))
+    assert LINES in decoded, "one of the cuts decodes to all lines"
+
+
+def test_a_large_zstd_file_is_read_a_little_at_a_time(tmp_path: Path) -> None:
+    texts = [random.Random(number).randbytes(5000).hex() for number in range(500)]
+    path = _write(tmp_path / "x.jsonl.zst", zstandard.compress("".join(f'{{"text": "{text}"}}\n' for text in texts).encode()))
+    tracemalloc.start()
+    try:
+        assert all(document.text == text for document, text in zip(read_documents([path]), texts, strict=True))
+        assert tracemalloc.get_traced_memory()[1] < 500_000, "of five million bytes"
+    finally:
+        tracemalloc.stop()
 
 
 def _write(path: Path, content: bytes) -> str:
@@ -122,8 +173,28 @@ def test_another_text_field_is_read(tmp_path: Path) -> None:
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_message() -> None:
-    with pytest.raises(ValueError, match=r"hub data set 'nobody/nothing' cannot be read .* local files"):
+    with pytest.raises(
+        ValueError, match=r"no file or folder 'nobody/nothing:config' here, and .* cannot be read .* local files"
+    ):
         list(read_documents(["nobody/nothing:config"]))
+
+
+@pytest.mark.parametrize("endpoint", ["http://nowhere.invalid", "silent"])
+def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint: str) -> None:
+    """Unknown, or silent: a server that accepts the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = endpoint if endpoint != "silent" else f"http://127.0.0.1:{server.getsockname()[1]}"
+        code = (
+            "import time; from pipeline.data import read_documents; started = time.monotonic()\n"
+            "try: list(read_documents(['nobody/nothing']))\n"
+            "except ValueError as error: print(time.monotonic() - started, error)"
+        )
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "NO_PROXY": "*"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
+    seconds, _, message = done.stdout.partition(" ")
+    assert message.startswith("--data: there is no file or folder 'nobody/nothing' here, and the hub data set")
+    assert float(seconds) < 5
 
 
 @settings(max_examples=30, deadline=None)
@@ -185,3 +256,21 @@ def test_shuffling_keeps_every_document_and_depends_on_the_seed_alone(buffer: in
 def test_the_shuffle_is_pinned() -> None:
     documents = [Document(source=str(number), text="") for number in range(8)]
     assert [int(document.source) for document in shuffled(documents, 7)] == [3, 1, 2, 0, 5, 4, 6, 7]
+
+
+def test_a_zst_file_cut_off_inside_a_frame_is_refused_even_if_nothing_of_it_decodes(tmp_path: Path) -> None:
+    import zstandard
+
+    lines = "".join(json.dumps({"text": f"line {number} " + "x" * 50}) + "\n" for number in range(3_000)).encode()
+    whole = zstandard.compress(lines[:60_000]) + zstandard.compress(lines[60_000:])
+    (tmp_path / "whole.jsonl.zst").write_bytes(whole)
+    assert len(list(read_documents([str(tmp_path / "whole.jsonl.zst")]))) == 3_000
+    for size in (20, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.jsonl.zst").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.jsonl\.zst is not complete JSON lines"):
+            list(read_documents([str(tmp_path / "*.zst")]))
+
+
+def test_a_byte_order_mark_before_json_lines_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "hello"}\n')
+    assert [document.text for document in read_documents([str(tmp_path / "bom.jsonl")])] == ["hello"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,9 @@ import pytest
 import torch
 import transformers
 
-from kvstore import FingerprintMismatchError, Store, open_store
+from kvstore import FingerprintMismatchError, Store, StoreWriteError, open_store
+from kvstore.lease import EXPIRY_S, lease, sweep
+from kvstore.storage import locate
 from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
 from pipeline.executors import ExecutorError, RayExecutor
@@ -76,6 +79,11 @@ def by_id(store: Store) -> dict[str, tuple[bytes, bytes, bytes]]:
         identity: (batch.key[:, span].tobytes(), batch.value[:, span].tobytes(), batch.input_ids[span].tobytes())
         for identity, span in zip(store.samples.ids, spans, strict=True)
     }
+
+
+def committed_files(store: Path) -> list[tuple[Path, int]]:
+    """Everything a reader sees, with its time of change."""
+    return sorted((path, path.stat().st_mtime_ns) for path in store.rglob("*") if ".staging" not in path.parts)
 
 
 ARCHITECTURES = [
@@ -164,7 +172,8 @@ def test_killed_before_its_manifest_an_extraction_starts_afresh(teacher: Path, c
     run(teacher, corpus, tmp_path / "store", limit=20)
     expected = by_id(open_store(tmp_path / "store"))
     (tmp_path / "store" / "manifest.json").unlink()
-    shutil.rmtree(tmp_path / "store" / "commits")
+    for folder in ("commits", "samples"):
+        shutil.rmtree(tmp_path / "store" / folder)
     (tmp_path / "store" / ".staging" / "creating").touch()
     run(teacher, corpus, tmp_path / "store", limit=20)
     assert by_id(open_store(tmp_path / "store")) == expected
@@ -185,14 +194,14 @@ def test_other_settings_are_refused_with_the_fields_named(
     change: dict[str, Any], fields: list[str], teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
     run(teacher, corpus, tmp_path / "store", limit=20)
-    before = sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "store").rglob("*"))
+    before = committed_files(tmp_path / "store")
     if "student" in change:
         change = {"student": str(save_checkpoint(tmp_path / "student", "qwen2", num_key_value_heads=1, num_hidden_layers=2))}
     with pytest.raises(FingerprintMismatchError, match=r"Nothing was written") as refused:
         run(teacher, corpus, tmp_path / "store", **{"limit": 20, **change})
     for field in fields:
         assert refused.match(field)
-    assert sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "store").rglob("*")) == before
+    assert committed_files(tmp_path / "store") == before
 
 
 def test_another_teacher_of_the_same_name_and_shape_is_refused(teacher: Path, corpus: Path, tmp_path: Path) -> None:
@@ -263,6 +272,68 @@ def test_a_folder_of_other_files_is_not_written_into(teacher: Path, corpus: Path
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.fixture
+def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing long may happen: no tokenising, no teacher."""
+    for name in ("load_tokenizer", "make_samples", "make_executor"):
+        monkeypatch.setattr(f"pipeline.extract.{name}", lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+
+
+def test_a_place_that_cannot_take_a_store_is_refused_before_anything_long(
+    no_teacher: None, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"is not empty and is not a store being created \(it holds thesis\.tex"):
+        run(teacher, corpus, tmp_path)
+    with pytest.raises(StoreWriteError, match=r"--out: .*thesis\.tex/store cannot be written .*choose another folder"):
+        run(teacher, corpus, tmp_path / "thesis.tex" / "store")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_that_is_not_there_is_refused_before_anything_long(
+    no_teacher: None, teacher: Path, corpus: Path, tmp_path: Path, workers: int
+) -> None:
+    with pytest.raises(ValueError, match=r"^device: got cuda:1, but torch sees no GPU; set device to cpu or auto"):
+        run(teacher, corpus, tmp_path / "store", device="cuda:1", workers=workers)
+    assert not (tmp_path / "store").exists()
+
+
+def leave_staging(store: Path) -> tuple[list[Path], list[Path]]:
+    """What killed writers leave: what must go, and what may be on its way into place."""
+    staging = store / ".staging"
+    scratch = [staging / "shard-00003-0123456789abcdef" / "key" / "c" / "0", staging / "create-0123456789abcdef" / "zarr.json"]
+    old = [staging / "file-old", staging / "leases" / "of-another-machine.json"]
+    young = [staging / "file-young"]
+    for path in (*scratch, *old, *young):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}")
+    for path in old:
+        os.utime(path, (time.time() - 2 * EXPIRY_S,) * 2)
+    return [scratch[0].parents[2], scratch[1].parent, *old], young
+
+
+def test_a_complete_run_removes_what_killed_writers_left(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    whole = run(teacher, corpus, store, limit=20)
+    gone, kept = leave_staging(store)
+    run(teacher, corpus, store, limit=20)
+    assert not [path for path in gone if path.exists()]
+    assert all(path.exists() for path in kept)
+    assert list((store / ".staging" / "leases").iterdir()) == []
+    gone, _ = leave_staging(store)
+    with lease(locate(store), 0, 1, "somebody else"):
+        sweep(locate(store), "kvpipe extract")
+        assert all(path.exists() for path in gone), "another writer lives"
+    for commit in list((store / "commits").iterdir())[:1]:
+        commit.unlink()
+    shutil.rmtree(store / "samples")
+    run(teacher, corpus, store, limit=20, max_bytes=1)
+    assert all(path.exists() for path in gone), "the store is not complete"
+    assert whole.num_shards > 1
+
+
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """One local Ray for the tests of this module; executors use a Ray that is running."""
@@ -320,6 +391,12 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(ray_cluster: None
     source = TeacherSource(path=teacher, dtype="auto", device="cpu")
     with pytest.raises(ExecutorError, match="--workers: got 64, but the cluster has 2 CPUs"):
         RayExecutor(source, 64)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_the_cluster_does_not_have_is_refused_at_once(ray_cluster: None, teacher: Path) -> None:
+    with pytest.raises(ExecutorError, match="device: got cuda, but the Ray cluster has no GPU"):
+        RayExecutor(TeacherSource(path=teacher, dtype="auto", device="cuda"), 1)
 
 
 def test_an_error_in_a_ray_worker_comes_out_as_itself(ray_cluster: None, teacher: Path, corpus: Path, tmp_path: Path) -> None:

@@ -234,13 +234,19 @@ def make_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         out = root / f"{codec}-{layers}-{student is not None}".replace(",", "_")
         settings: dict[str, Any] = {"layers": None if student else layers, "student": student}
         config = ExtractConfig(
-            teacher=str(teacher), data=(str(root / "corpus.jsonl"),), out=out, seq_len=200, codec=codec, **settings
+            teacher=str(teacher),
+            data=(str(root / "corpus.jsonl"),),
+            out=out,
+            seq_len=200,
+            codec=codec,
+            accept_fidelity=True,
+            **settings,
         )
         extract(config, resolve_model(config.teacher), say=lambda _: None)
         store = open_store(out)
         alignment = store.manifest.alignment
         baked = alignment if alignment and alignment["baked"] else None
-        return store, Job(root=out, layers=store.spec.layer_numbers, alignment=baked, batch_tokens=1024)
+        return store, Job(store=str(out), layers=store.spec.layer_numbers, alignment=baked, batch_tokens=1024)
 
     return make
 

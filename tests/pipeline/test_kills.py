@@ -30,6 +30,15 @@ def _command(teacher: Path, corpus: Path, out: Path) -> list[str]:
     return [*extract_command, "--out", str(out), "--seq-len", "256", "--workers", "2", "--accept-fidelity"]
 
 
+def _wait_for_a_random_moment(process: subprocess.Popen[bytes], commits: Path, draw: random.Random, most: int) -> None:
+    """In one of three runs some time after its start, in the others shortly after so many more commits, at most `most`."""
+    target = len(list(commits.glob("*.json"))) + draw.randint(1, most)
+    deadline = time.monotonic() + (draw.uniform(0.5, 8) if draw.random() < 1 / 3 else 60)
+    while time.monotonic() < deadline and process.poll() is None and len(list(commits.glob("*.json"))) < target:
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, 0.2))
+
+
 def _kill(process: subprocess.Popen[bytes], draw: random.Random) -> None:
     """SIGKILL the driver, or one of its Ray workers first and the driver a moment later."""
     if draw.random() < 0.5:
@@ -76,20 +85,17 @@ def _survive(kills: int, seed: int, tmp_path: Path) -> None:
         process = subprocess.Popen(
             _command(teacher, corpus, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        # Anywhere from the first import to the last commit: an uninterrupted run takes 8 to 12 s here.
-        deadline = time.monotonic() + draw.uniform(1, 10)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
+        _wait_for_a_random_moment(process, out / "commits", draw, most=max(60 // kills, 1))
         if process.poll() is None:
             _kill(process, draw)
         time.sleep(0.5)  # orphaned workers may still finish the shard in hand
         history.append(_is_consistent(out, expected))
         if history[-1] == len(expected) and number < kills - 1:
-            # Complete before its time: kill a fresh extraction instead.
-            out = tmp_path / f"cut-{number}"
+            out = tmp_path / f"cut-{number}"  # complete before its time: the next kills are of a fresh extraction
     finished = subprocess.run(_command(teacher, corpus, out), capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     print(f"\n{kills} SIGKILLs, samples visible after each: {history}")
+    assert any(0 < visible < len(expected) for visible in history), "no kill came between the first and the last commit"
     assert by_id(open_store(out)) == expected
     report = verify_store(str(out), deep=True)
     assert report.ok, report.problems

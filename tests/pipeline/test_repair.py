@@ -136,7 +136,7 @@ def test_the_commands_report_and_exit_as_they_say(store: Path) -> None:
     damaged = kvpipe("verify", "--deep", "--json")
     assert damaged.returncode == 1
     report = json.loads(damaged.stdout)
-    assert (report["ok"], [problem["shard"] for problem in report["problems"]]) == (False, [3])
+    assert (report["ok"], {problem["shard"] for problem in report["problems"]}) == (False, {3})
     mended = kvpipe("repair")
     assert mended.returncode == 0, mended.stderr
     assert "shards made again: 3; leftovers removed: 0" in mended.stdout

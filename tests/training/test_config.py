@@ -60,3 +60,8 @@ def test_the_number_of_steps_with_kv_follows_from_the_settings(over: dict[str, A
 def test_every_setting_says_what_it_means() -> None:
     undocumented = [name for name, field in TrainConfig.model_fields.items() if not field.description]
     assert undocumented == []
+
+
+@pytest.mark.parametrize("trackers", ["wandb", ["wandb"], ("wandb",)])
+def test_one_tracker_needs_no_list(trackers: object) -> None:
+    assert config(report_to=trackers).report_to == ("wandb",)

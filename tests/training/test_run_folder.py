@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,29 @@ def test_a_folder_with_a_run_is_refused_unless_resuming(begun: RunFolder) -> Non
     begun.refuse_unless_resuming(resume=True)
 
 
-def test_checkpoints_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
-    add_checkpoint(RunFolder(tmp_path), 5)
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        pytest.param(["checkpoint-5/"], "checkpoint-5/", id="checkpoints"),
+        pytest.param(["model/"], "model/", id="a model"),
+        pytest.param(["manifest.json", "kv.zarr/"], "kv.zarr/, manifest.json", id="a store"),
+        pytest.param([f"{letter}.tex" for letter in "abcdefg"], "a.tex, b.tex, c.tex, d.tex, e.tex and 2 more", id="many"),
+    ],
+)
+def test_a_folder_of_other_files_is_refused_and_left_alone(names: list[str], shown: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
     for resume in (False, True):
-        with pytest.raises(ValueError, match=f"holds checkpoints but no {RUN}"):
+        with pytest.raises(ValueError, match=rf"holds {re.escape(shown)} but no {RUN}.*choose a new --out"):
             RunFolder(tmp_path).refuse_unless_resuming(resume)
+    assert len(list(tmp_path.iterdir())) == len(names)
+
+
+def test_a_file_is_refused_and_a_run_that_died_at_its_first_write_is_not(tmp_path: Path) -> None:
+    (tmp_path / f".{RUN}.partial").touch()
+    RunFolder(tmp_path).refuse_unless_resuming(False)
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        RunFolder(tmp_path / f".{RUN}.partial").refuse_unless_resuming(False)
 
 
 @pytest.mark.parametrize(

@@ -278,5 +278,5 @@ def test_nothing_is_held_out_when_nothing_is_asked_for() -> None:
 
 
 def test_holding_out_of_a_single_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"eval_fraction: got 0\.1, but the store has 1 sample"):
+    with pytest.raises(ValueError, match=r"eval_fraction: got 0\.1, but the store has 1 sample.*--set eval_fraction=0"):
         split_held_out(ids_of(1), ["a"], np.array([5]), fraction=0.1, max_tokens=10)

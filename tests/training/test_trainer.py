@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvstore.errors import CorruptShardError
 from kvstore.reader import KVBatch, Store, open_store
+from kvstore.samples import SampleTable as SampleColumns
 from pipeline.align import Alignment
 from pipeline.models.capture import capture_kv
 from pipeline.models.load import build_student
 from pipeline.models.probe import probe_kv_spec
 from tests.checkpoints import byte_tokenizer, save_checkpoint
-from tests.stores import Source, write_store
+from tests.stores import Source, begin_store, write_shard, write_store
 from tests.training.conftest import make_texts, teacher_source
 from tests.training.test_targets import bake
 from training.config import TrainConfig
@@ -37,7 +38,7 @@ STEPS, KV_STEPS, STEPS_PER_EPOCH = 8, 4, 5
 CLOCKS = {"seconds", "loader_wait_s", "peak_rss_bytes"}
 
 
-def settings(store: Path, student: str, out: Path, **over: Any) -> TrainConfig:
+def settings(store: Path | str, student: str, out: Path, **over: Any) -> TrainConfig:
     """Eight steps, the KV loss in four of them; five steps to an epoch, so the run crosses into a second one."""
     fields = {"steps": STEPS, "batch_size": 8, "learning_rate": 6e-3, "log_every": 1, "eval_every": 4, "save_every": 100}
     return TrainConfig(**{"store": store, "student": student, "out": out, "device": "cpu", "threads": 1, **fields, **over})
@@ -256,7 +257,7 @@ def test_a_baked_store_trains_as_the_raw_one_does(
         documents=documents,
         tokenizer=tokenizer_folder,
     )
-    other = run_training(settings(baked.path, student, tmp_path / "run"))
+    other = run_training(settings(baked.location, student, tmp_path / "run"))
     for name in ("loss", "kv_loss", "eval_loss"):
         assert logged(other.out, name) == pytest.approx(logged(plain.out, name), rel=1e-4), name
 
@@ -285,11 +286,14 @@ def counted_store(root: Path, tokenizer: Path, indices: Sequence[int], counts: S
 
 
 def test_a_count_trains_as_so_many_copies_in_the_same_batch_do(
-    counted: TrainSummary, student: str, tokenizer_folder: Path, tmp_path: Path
+    counted: TrainSummary, student: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A store with copies is refused when it is opened; here it is the reference.
+    monkeypatch.setattr(SampleColumns, "ids", property(lambda samples: samples._column("id").to_pylist()))
     copies = [index for index, count in enumerate([*COUNTS, 3, 1]) for _ in range(count)]
     store = counted_store(tmp_path / "kv", tokenizer_folder, copies, [1] * len(copies))
-    other = run_training(counted.config.model_copy(update={"store": store, "out": tmp_path / "run", "batch_size": sum(COUNTS)}))
+    changed = {"store": str(store), "out": tmp_path / "run", "batch_size": sum(COUNTS)}
+    other = run_training(counted.config.model_copy(update=changed))
     assert (other.num_train_samples, counted.num_train_samples) == (sum(COUNTS), len(COUNTS))
     for name in ("loss", "ce", "kv_loss", "kv_key_0", "kv_value_1", "grad_norm", "eval_loss", "eval_nats_per_byte"):
         assert logged(counted.out, name) == pytest.approx(logged(other.out, name), rel=2e-4), name
@@ -353,10 +357,56 @@ def test_resuming_with_another_store_or_map_names_the_fields(
     config = plain.config.model_copy(update={"out": tmp_path / "run", "resume": True})
     other = write_store(tmp_path / "kv", teacher_source(make_texts(44, seed=1)), codec="raw", tokenizer=tokenizer_folder)
     with pytest.raises(ValueError, match=r"store: got .*, expected .*" + plain.store_fingerprint[:8]):
-        run_training(config.model_copy(update={"store": other}))
+        run_training(config.model_copy(update={"store": str(other)}))
     with pytest.raises(ValueError, match=r"(?s)config\.layer_map: got .uniform.*alignment\.layer_map"):
         run_training(config.model_copy(update={"layer_map": "uniform"}))
     assert read_metrics(tmp_path / "run" / METRICS) == read_metrics(plain.out / METRICS), "nothing was touched"
+
+
+def test_neither_the_store_nor_a_folder_with_a_model_is_taken_for_a_run(store_path: Path, student: str, tmp_path: Path) -> None:
+    kept = tmp_path / "precious" / "model" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"weeks of work")
+    with pytest.raises(ValueError, match=r"precious holds model/ but no run\.json"):
+        run_training(settings(store_path, student, tmp_path / "precious"))
+    assert kept.read_bytes() == b"weeks of work"
+    with pytest.raises(ValueError, match=r"holds .*manifest\.json.* but no run\.json"):
+        run_training(settings(store_path, student, store_path))
+
+
+def growing_store(root: Path, source: Source, tokenizer: Path) -> Callable[[int], None]:
+    """A store none of whose shards is committed; the function returned commits one."""
+    manifest, calibration, tasks = begin_store(root, source, codec="raw", tokenizer=tokenizer)
+    assert len(tasks) > 4
+    return lambda shard: write_shard(root, source, manifest, calibration, shard, tasks[shard])
+
+
+def test_an_empty_store_is_refused_as_such(source: Source, student: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    growing_store(tmp_path / "kv", source, tokenizer_folder)
+    with pytest.raises(ValueError, match=r"has no samples yet, 0 of \d+ shards are committed; run its 'kvpipe extract'"):
+        run_training(settings(tmp_path / "kv", student, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_that_grew_cannot_continue_a_run_and_the_shards_are_named(
+    source: Source, student: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = growing_store(tmp_path / "kv", source, tokenizer_folder)
+    for shard in range(4):
+        commit(shard)
+    config = settings(tmp_path / "kv", student, tmp_path / "run", steps=2, batch_size=2, save_every=1)
+    summary = run_training(config)
+    planned = open_store(tmp_path / "kv").manifest.layout.num_shards
+    assert f"store: 4 of {planned} shards of {tmp_path / 'kv'} are committed" in capsys.readouterr().err
+    resumed = config.model_copy(update={"resume": True})
+    assert run_training(resumed) == summary
+    commit(4)
+    expected = r'(?s)samples\.num_samples: got \d+, expected \d+.*samples\.shards: got "0-4", expected "0-3"'
+    with pytest.raises(ValueError, match=expected):
+        run_training(resumed)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(ValueError, match=expected):
+        run_training(resumed)
 
 
 def test_a_store_without_a_tokenizer_is_refused(source: Source, student: str, tmp_path: Path) -> None:

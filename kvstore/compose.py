@@ -1,0 +1,241 @@
+"""A new store from samples of others: planned afresh in the order of their ids, written shard by shard, resumed by running again.
+
+At most one shard is in memory; what is read is verified as for training. Knows neither teacher nor what is done to the codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvstore.arrays import read_calibration
+from kvstore.calibration import Calibration, calibration_fingerprint
+from kvstore.commits import Commit, SampleRow, committed_shards, read_commit
+from kvstore.drop import BEFORE, dropped_fingerprint, write_dropped
+from kvstore.errors import CorruptShardError, KVStoreError, StoreNotFoundError
+from kvstore.layout import fill_shards, plan_layout
+from kvstore.lease import EVERYTHING, lease
+from kvstore.manifest import TOKENIZER, Manifest, data_record, read_manifest, refuse_mismatch
+from kvstore.reader import CodeBatch, Store
+from kvstore.records import bytes_sha256, plain
+from kvstore.samples import compact
+from kvstore.storage import Storage
+from kvstore.writer import ShardWriter, create_store
+
+Progress = Callable[[int, int], object]
+"""Told the tokens done and the tokens in all."""
+Convert = Callable[[ShardWriter, Store, CodeBatch, Commit, list[tuple[int, int]]], None]
+"""Puts samples of one shard of a source into a writer, at these offsets and of these lengths."""
+
+_TOKENS_AT_ONCE = 4096
+"""Tokens read and decoded at a time."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RewriteSummary:
+    """What merging or recoding did."""
+
+    out: str
+    num_samples: int
+    num_tokens: int
+    stored_bytes: int
+    new_shards: int
+    num_shards: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """A sample of the new store and where it comes from."""
+
+    id: str
+    store: int
+    index: int
+    """Number of the sample in that store."""
+    num_tokens: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A store to be made."""
+
+    target: Storage
+    stores: list[Store]
+    origins: list[Origin]
+    manifest: Manifest
+    """But for the calibration, if the signal has none yet."""
+    dropped: list[str]
+    calibrate: Callable[[Progress], Calibration]
+    convert: Convert
+    gate: Mapping[str, Any] | None
+
+
+def origins_of(stores: Sequence[Store]) -> list[Origin]:
+    """Every sample once, in order of the ids; of several stores the first that has it gives it."""
+    found: dict[str, Origin] = {}
+    for number, store in enumerate(stores):
+        table = store.samples
+        columns = zip(table.ids, table.num_tokens.tolist(), table.count.tolist(), strict=True)
+        for index, (identity, num_tokens, count) in enumerate(columns):
+            known = found.get(identity)
+            if known is None:
+                found[identity] = Origin(id=identity, store=number, index=index, num_tokens=num_tokens, count=count)
+            else:
+                found[identity] = dataclasses.replace(known, count=known.count + count)
+    if not found:
+        raise KVStoreError(f"no samples are committed in {', '.join(store.location for store in stores)}; finish them first")
+    return [found[identity] for identity in sorted(found)]
+
+
+def planned(
+    like: Manifest, stores: Sequence[Store], origins: Sequence[Origin], dropped: Iterable[str], run: dict[str, Any]
+) -> Manifest:
+    """The manifest of the new store; its data is one part, as if one extraction had planned all samples."""
+    layout = plan_layout([origin.num_tokens for origin in origins], max(group.token_bytes for group in like.groups))
+    longest = max(origin.num_tokens for origin in origins)
+    seq_len = max((part["seq_len"] for store in stores for part in store.manifest.data.get("parts", ())), default=longest)
+    part = {
+        **data_record(((origin.id, origin.count, origin.num_tokens) for origin in origins), seq_len),
+        "first_shard": 0,
+        "num_shards": layout.num_shards,
+    }
+    return dataclasses.replace(
+        like,
+        layout=layout,
+        metadata={},
+        tokenizer={},
+        data={"parts": [plain(part)], "dropped": dropped_fingerprint(dropped)},
+        runs=[run],
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        kvpipe_version=importlib.metadata.version("kvpipe"),
+    )
+
+
+def make(plan: Plan, purpose: str, progress: Progress) -> RewriteSummary:
+    """Create the store or go on with it."""
+    _refuse_other_store(plan)
+    new_shards, done, total = 0, 0, sum(origin.num_tokens for origin in plan.origins)
+    with lease(plan.target, *EVERYTHING, purpose):
+        manifest, calibration = _begin(plan, lambda told, of: progress(told, total + of))
+        if plan.dropped:
+            write_dropped(plan.target, dict.fromkeys(plan.dropped, BEFORE))
+        committed = committed_shards(plan.target)
+        read = functools.lru_cache(maxsize=32)(lambda number, shard: read_commit(plan.stores[number].storage, shard))
+        for shard, placed in enumerate(fill_shards([origin.num_tokens for origin in plan.origins], manifest.layout)):
+            progress(done, total)
+            members = [(plan.origins[index], offset) for index, offset in placed]
+            if shard not in committed:
+                _write_shard(plan, manifest, calibration, shard, members, read)
+                new_shards += 1
+            done += sum(origin.num_tokens for origin, _ in members)
+        compact(plan.target)
+    progress(total, total)
+    store = Store(plan.target)
+    return RewriteSummary(
+        out=store.location,
+        num_samples=len(store),
+        num_tokens=total,
+        stored_bytes=sum(store.samples.summary["stored_bytes"].to_pylist()),
+        new_shards=new_shards,
+        num_shards=manifest.layout.num_shards,
+    )
+
+
+def _refuse_other_store(plan: Plan) -> Manifest | None:
+    """What is at `out` already, if it is the store to be made."""
+    try:
+        manifest = read_manifest(plan.target)
+    except StoreNotFoundError:
+        return None
+    stored = {name: value for name, value in manifest.signal.items() if name in plan.manifest.signal or name != "calibration"}
+    refuse_mismatch(plan.target.location, stored=stored, wanted=plan.manifest.signal, what="the signal")
+    refuse_mismatch(plan.target.location, stored=manifest.data, wanted=plan.manifest.data, what="the data")
+    return manifest
+
+
+def _begin(plan: Plan, progress: Progress) -> tuple[Manifest, Calibration]:
+    manifest = _refuse_other_store(plan)
+    if manifest is not None:
+        return manifest, read_calibration(plan.target, manifest)
+    calibration = plan.calibrate(progress)
+    digest = calibration_fingerprint(calibration)
+    manifest = dataclasses.replace(plan.manifest, calibration=digest, signal={**plan.manifest.signal, "calibration": digest})
+    with _tokenizer(plan.stores[0]) as folder:
+        return create_store(plan.target, manifest, calibration, folder, plan.gate), calibration
+
+
+@contextlib.contextmanager
+def _tokenizer(store: Store) -> Iterator[Path | None]:
+    """A copy of a store's tokenizer files, each compared with the manifest."""
+    if not store.manifest.tokenizer:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="kvpipe-tokenizer-") as folder:
+        for name, expected in store.manifest.tokenizer.items():
+            content = store.storage.read(f"{TOKENIZER}/{name}")
+            if bytes_sha256(content) != expected:
+                raise CorruptShardError(
+                    f"{store.location}/{TOKENIZER}/{name}: hashes to {bytes_sha256(content)}, the manifest says {expected}; "
+                    "restore the file"
+                )
+            Path(folder, name).write_bytes(content)
+        yield Path(folder)
+
+
+def _write_shard(
+    plan: Plan,
+    manifest: Manifest,
+    calibration: Calibration,
+    shard: int,
+    members: Sequence[tuple[Origin, int]],
+    read: Callable[[int, int], Commit],
+) -> None:
+    """Write one shard of the new store from the shards its samples lie in.
+
+    Args:
+        members: samples with their token offset inside the shard.
+        read: the commit of a source by its number and the shard's.
+    """
+    by_shard: dict[tuple[int, int], list[tuple[Origin, int]]] = {}
+    for origin, offset in members:
+        source = int(plan.stores[origin.store].samples.shard[origin.index])
+        by_shard.setdefault((origin.store, source), []).append((origin, offset))
+    start = shard * manifest.layout.shard_tokens
+    rows: dict[str, SampleRow] = {}
+    for (number, source), part in by_shard.items():
+        stored = {row.id: row for row in read(number, source).samples}
+        for origin, offset in part:
+            rows[origin.id] = dataclasses.replace(
+                stored[origin.id], shard=shard, token_start=start + offset, count=origin.count
+            )
+    writer = ShardWriter(plan.target, manifest, calibration, shard, [rows[origin.id] for origin, _ in members])
+    for (number, source), part in by_shard.items():
+        store = plan.stores[number]
+        for group in cut(part, lambda member: member[0].num_tokens):
+            batch = store.read_codes([origin.index for origin, _ in group])
+            for (_, offset), first, last in zip(group, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+                writer.put_tokens(offset, batch.input_ids[first:last])
+            spans = [(offset, origin.num_tokens) for origin, offset in group]
+            plan.convert(writer, store, batch, read(number, source), spans)
+    writer.commit()
+
+
+def cut(members: Sequence[Any], num_tokens: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """Runs of samples that are read at once."""
+    run: list[Any] = []
+    tokens = 0
+    for member in members:
+        if run and tokens + num_tokens(member) > _TOKENS_AT_ONCE:
+            yield run
+            run, tokens = [], 0
+        run.append(member)
+        tokens += num_tokens(member)
+    if run:
+        yield run

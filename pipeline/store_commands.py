@@ -1,0 +1,87 @@
+"""Commands that change stores or make them from stores, without a teacher: merge, recode, drop."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.terminal import print_record, progress_bar
+
+_out = click.option("--out", required=True, help="Folder of the new store, or s3://bucket/prefix; run again to resume.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@click.command()
+@click.argument("stores", nargs=-1, required=True, metavar="STORE STORE ...")
+@_out
+@_json
+def merge(stores: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Join stores of one teacher, codec and calibration into one.
+
+    Codes are copied bit for bit; a sample that several stores have is stored once and its counts are summed. Samples that one
+    store dropped are kept if another has them. The sources stay as they are.
+
+    Two extractions can be merged if the second took the calibration of the first:
+
+    \b
+    kvpipe extract --teacher T --data a.jsonl --out a
+    kvpipe extract --teacher T --data b.jsonl --out b --calibration a
+    kvpipe merge a b --out both
+    """
+    if len(stores) < 2:
+        raise click.UsageError("merge: expected two stores or more, for instance 'kvpipe merge a b --out both'")
+    from kvstore.rewrite import merge_stores
+
+    with progress_bar("merge", "tok") as progress:
+        summary = merge_stores(stores, out, progress)
+    print_record(dataclasses.asdict(summary), as_json)
+
+
+@click.command()
+@click.argument("store")
+@click.option("--codec", required=True, help="raw, q8, q8z, mix, q4z, q4z-min, fp8; by layer: 'mix,0=raw,24-27=q8'.")
+@_out
+@_json
+def recode(store: str, codec: str, out: str, as_json: bool) -> None:
+    """Store the same samples in another codec, without the teacher.
+
+    Calibrated anew on what the store decodes to. The errors of both codecs add up, and 'kvpipe inspect' shows the sum: from raw
+    the result is as good as an extraction in that codec, from mix to q4z it is a little worse. A store that was rounded cannot
+    become raw. The source stays as it is.
+
+    \b
+    kvpipe recode my-store --codec q4z --out my-store-q4z
+    """
+    from kvstore.rewrite import recode_store
+
+    with progress_bar("recode", "tok") as progress:
+        summary = recode_store(store, codec, out, progress)
+    print_record(dataclasses.asdict(summary), as_json)
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--ids", required=True, type=click.Path(path_type=Path, allow_dash=True), help="File of sample ids, '-' for stdin."
+)
+@_json
+def drop(store: str, ids: Path, as_json: bool) -> None:
+    """Take samples out of a store for good, at once and without asking: tokens, text, keys and values.
+
+    The file has one id on a line, whole or its first eight digits and more; blank lines and what follows a # do not count. Only
+    the shards those samples are in are written again. Nothing brings a dropped sample back: neither resuming nor --append.
+
+    \b
+    kvpipe drop my-store --ids remove.txt
+    echo 3f2a9c01 | kvpipe drop my-store --ids -
+    """
+    from kvstore.drop import drop_samples
+
+    text = sys.stdin.read() if str(ids) == "-" else ids.read_text(encoding="utf-8")
+    wanted = [line.partition("#")[0].strip() for line in text.splitlines()]
+    with progress_bar("drop", "shard") as progress:
+        summary = drop_samples(store, [line for line in wanted if line], progress)
+    print_record({"store": store, **dataclasses.asdict(summary)}, as_json)

@@ -1,0 +1,66 @@
+"""What commands print: records as lines or JSON on stdout, messages and progress bars on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal, without spoiling a result on stdout."""
+    click.echo(text, err=True)
+
+
+def print_record(record: dict[str, Any], as_json: bool) -> None:
+    """A result, one field on a line."""
+    if as_json:
+        click.echo(json.dumps(record, default=str))
+        return
+    width = max(map(len, record))
+    for name, value in record.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        click.echo(f"{name:{width}}  {shown}")
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for work that tells how much of how much is done."""
+    import tqdm
+
+    with tqdm.tqdm(desc=name, unit=unit, unit_scale=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def growth_lines(record: dict[str, Any]) -> dict[str, str]:
+    """Lines of `kvpipe inspect` on how a store came about and what the gate said of it."""
+    lines = {}
+    if len(record["parts"]) > 1:
+        lines["parts"] = "; ".join(
+            f"{part['num_samples']:,} samples from shard {part['first_shard']}" for part in record["parts"]
+        )
+    if record["dropped"]:
+        lines["dropped"] = f"{record['dropped']:,} samples"
+    if record["merged_from"]:
+        lines["merged"] = "from " + ", ".join(
+            f"{origin['location']} ({origin['fingerprint'][:8]})" for origin in record["merged_from"]
+        )
+    if record["recoded_from"]:
+        origin = record["recoded_from"]
+        lines["recoded"] = (
+            f"from {origin['codec']} in {origin['location']} ({origin['fingerprint'][:8]}); errors are of both codecs"
+        )
+    for when, result in record["gate"].items():
+        lines[f"gate {when}"] = (
+            f"KL {result['kl']:.2g} nats per token, perplexity {100 * result['perplexity_change']:+.2f} %, top-1 agreement "
+            f"{result['top1_agreement']:.3f}: {'passed' if result['passed'] else 'NOT passed'} (limit {result['limit']:g})"
+        )
+    return lines
