@@ -298,6 +298,8 @@ class Store:
             try:
                 self._fetch([index], slots)
             except ValueError as own:
+                if unreachable(own):
+                    break
                 return CorruptShardError(
                     f"shard {self.samples.shard[index]}, sample {index} (id {self.samples.ids[index][:12]}): reading failed ({own}) "
                     f"({self.location}); the data is damaged, do not train on it"
