@@ -23,6 +23,8 @@ import pytest
 
 Fault = Literal["refuse", "drop", "lose", "cut", "hang"]
 """503; hang up before, or after the server did it; half an answer; no answer."""
+_SERVER = "KVPIPE_TEST_S3"
+"""Environment variable with the server itself, whatever stands in front of it."""
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +51,10 @@ def _content(log: Any) -> str:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """Variables with which programs find the server, and nothing else."""
+    """Variables with which programs find the server."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
+        _SERVER: endpoint,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_REGION": "us-east-1",
@@ -70,8 +73,8 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def raw_client() -> Any:
-    """The vendor's own client, to look past the code under test."""
-    return _raw_client(os.environ["AWS_ENDPOINT_URL"])
+    """The vendor's own client, to look past the code under test and past the proxy."""
+    return _raw_client(os.environ[_SERVER])
 
 
 @functools.lru_cache

@@ -335,7 +335,6 @@ def test_a_request_that_fails_twice_is_repeated_with_pauses(
     monkeypatch.setattr("kvstore.bucket._FIRST_PAUSE_S", 0.03)
     storage = locate(f"s3://{bucket}/store")
     put_raw(f"{storage.location}/old", b"old")
-    proxy.seen.clear()
     proxy.fail(method, bucket, fault, 2)
     started = time.monotonic()
     assert request_right(storage)
@@ -373,13 +372,7 @@ def test_a_server_that_keeps_failing_ends_in_a_clear_error(
             ask()
         assert "\n" not in str(error.value)
         assert time.monotonic() - started < 5
-    assert keys_of_behind(proxy, bucket) == []
-
-
-def keys_of_behind(proxy: Proxy, bucket: str) -> list[str]:
-    """What the server holds, the faults switched off."""
-    proxy.faults.clear()
-    return keys_of(bucket)
+    assert keys_of(bucket) == []
 
 
 def test_a_missing_bucket_is_named(bucket: str) -> None:
