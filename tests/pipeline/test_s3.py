@@ -150,7 +150,8 @@ def test_the_command_line_stores_into_a_bucket_what_it_stores_into_a_folder(
     noise = [line for line in done.stderr.splitlines() if "aws" in line.lower() or "error" in line.lower()]
     assert not noise
     assert by_id(open_store(out)) == expected
-    assert not [key for key in keys_of("finished") if ".staging" in key]
+    stored = {key.removeprefix("runs/one/").partition("/")[0] for key in keys_of("finished")}
+    assert stored == {"manifest.json", "kv.zarr", "commits", "samples", "tokenizer", "gate.json"}  # FORMAT.md 1.1
     assert not Path("s3:").exists()
 
 
