@@ -23,7 +23,7 @@ def describe(store: Store) -> dict[str, Any]:
         "path": store.location,
         "created": manifest.created,
         "kvpipe_version": manifest.kvpipe_version,
-        "complete": committed == manifest.layout.num_shards,
+        "complete": committed == manifest.layout.num_shards and not manifest.is_growing,
         "shards": {"committed": committed, "planned": manifest.layout.num_shards},
         "samples": len(store),
         "tokens": tokens,

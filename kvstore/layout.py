@@ -33,14 +33,16 @@ class Layout:
         return -(-num_tokens // self.chunk_tokens) * self.chunk_tokens
 
 
-def plan_layout(lengths: Sequence[int], token_bytes: int) -> Layout:
+def plan_layout(lengths: Sequence[int], token_bytes: int, longest: int | None = None) -> Layout:
     """Cut the token axis for samples of these lengths, in tokens.
 
     Args:
         token_bytes: bytes of one token in the largest array, before compression.
+        longest: longest sample that may come later; None for the longest of these.
     """
     chunk = plan_chunk_tokens(lengths)
-    layout = Layout(chunk_tokens=chunk, shard_tokens=plan_shard_tokens(lengths, chunk, token_bytes), num_shards=0)
+    shard = plan_shard_tokens([*lengths, *([longest] if longest else [])], chunk, token_bytes)
+    layout = Layout(chunk_tokens=chunk, shard_tokens=shard, num_shards=0)
     return dataclasses.replace(layout, num_shards=sum(1 for _ in fill_shards(lengths, layout)))
 
 

@@ -117,7 +117,8 @@ class Manifest:
     data: dict[str, Any]
     """Which samples the store is for: `parts` in the order they were added, and a digest of those `dropped`."""
     runs: list[dict[str, Any]]
-    """How each part of the data was made: the settings of its extraction, or the stores it was merged or recoded from."""
+    """How the parts of the data were made, from `first_part` on: the settings of an extraction and how far it read the data, or the
+    stores that were merged or recoded; `complete` when no part of a run is still to come."""
     created: str
     """UTC time, ISO 8601."""
     kvpipe_version: str
@@ -134,6 +135,11 @@ class Manifest:
     def fingerprint(self) -> str:
         """Identity of the whole store: what a checkpoint of a student remembers."""
         return fingerprint([self.signal_fingerprint, self.data_fingerprint])
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether an extraction has not planned all of its data yet: more parts will follow."""
+        return not all(run["complete"] for run in self.runs)
 
     def group_of(self, layer: int) -> tuple[Group, int]:
         """Group and slot of a teacher layer.

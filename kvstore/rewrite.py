@@ -54,7 +54,7 @@ def merge_stores(sources: Sequence[str], out: str, progress: Progress = lambda *
         _refuse_other_signal(first, other)
     dropped = {identity for store in stores for identity in read_dropped(store.storage)}
     origins = origins_of(stores)
-    run = {"merged_from": [_named(store) for store in stores]}
+    run = {"first_part": 0, "complete": True, "merged_from": [_named(store) for store in stores]}
     return make(
         Plan(
             target=target,
@@ -91,7 +91,7 @@ def recode_store(source: str, codec_text: str, out: str, progress: Progress = la
             f"recode: --out is the store itself ({store.location}); choose a new folder, and delete the old one after"
         )
     wanted_shards, committed = store.manifest.layout.num_shards, len(store.samples.summary)
-    if committed < wanted_shards:
+    if committed < wanted_shards or store.manifest.is_growing:
         raise KVStoreError(
             f"recode: {store.location} has {committed} of {wanted_shards} shards; finish it first with the command that began it"
         )
@@ -104,7 +104,8 @@ def recode_store(source: str, codec_text: str, out: str, progress: Progress = la
         signal={**signal, "codec": codecs.format_codecs(chosen), "recoded_from": store.manifest.signal_fingerprint},
     )
     origins, dropped = origins_of([store]), read_dropped(store.storage)
-    run = {"recoded_from": {**_named(store), "codec": store.manifest.signal["codec"]}}
+    origin = {**_named(store), "codec": store.manifest.signal["codec"]}
+    run = {"first_part": 0, "complete": True, "recoded_from": origin}
     return make(
         Plan(
             target=target,

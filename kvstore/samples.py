@@ -51,13 +51,18 @@ _COLUMN_DIGESTS = b"kvpipe.columns"
 _HASH_DIGITS = 16
 
 
-def compact(storage: Storage) -> int:
+def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
     """Move what only commit records say into one more part and summary; returns the number of shards added.
 
     Two processes doing so at once is harmless: readers take a shard from the first summary that has it.
+
+    Args:
+        shards: these alone, known to be committed and in no summary; None looks for them.
     """
-    listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}
-    loose = sorted(committed_shards(storage) - listed)
+    if shards is None:
+        listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}
+        shards = committed_shards(storage) - listed
+    loose = sorted(shards)
     if loose:
         commits = [read_commit(storage, shard) for shard in loose]
         try:
@@ -216,18 +221,26 @@ def read_repeats(storage: Storage, manifest: Manifest) -> Counter[str]:
         StoreFormatError: a part's counts are missing, damaged or others than the manifest names.
     """
     total: Counter[str] = Counter()
-    for part, record in enumerate(manifest.data.get("parts", ())):
-        where = f"{storage.location}/{repeats_key(part)}"
-        try:
-            body = read_sealed(storage, repeats_key(part))
-        except FileNotFoundError:
-            body = None
-        actual, expected = None if body is None else fingerprint(body), record.get("repeats")
-        if actual != expected:
-            raise StoreFormatError(f"{where}: hashes to {actual or 'nothing'}, the manifest says {expected}; restore the file")
-        if body is not None:
-            total.update(body["counts"])
+    for part in range(len(manifest.data.get("parts", ()))):
+        total.update(read_part_repeats(storage, manifest, part))
     return total
+
+
+def read_part_repeats(storage: Storage, manifest: Manifest, part: int) -> dict[str, int]:
+    """How often one part of the data had samples of earlier parts, by id; errors as of `read_repeats`."""
+    expected = manifest.data["parts"][part].get("repeats")
+    if expected is None:
+        return {}
+    try:
+        body = read_sealed(storage, repeats_key(part))
+        actual = fingerprint(body)
+    except FileNotFoundError:
+        body, actual = {}, "nothing"
+    if actual != expected:
+        raise StoreFormatError(
+            f"{storage.location}/{repeats_key(part)}: hashes to {actual}, the manifest says {expected}; restore the file"
+        )
+    return dict(body["counts"])
 
 
 class SampleTable:

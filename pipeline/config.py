@@ -57,6 +57,12 @@ class ExtractConfig(pydantic.BaseModel):
     """Most samples to store."""
     max_tokens: int | None = pydantic.Field(None, ge=0)
     """Most tokens to store; 0 is no limit. A preset's default is 1,000,000."""
+    sample_tokens: int | None = pydantic.Field(None, ge=1)
+    """Store about so many tokens in documents drawn at random from all of the data, instead of its first; reads it all once more."""
+    overlap: int = pydantic.Field(0, ge=0)
+    """Tokens that a later sample of a long document repeats from the one before, as context that is not learnt from."""
+    window_tokens: int = pydantic.Field(2_097_152, ge=1)
+    """Tokens planned at a time: bounds the memory that data of any size takes, about 60 bytes for each."""
     append: bool = False
     """Add this data to the store that is there, as a new part; without it other data is refused."""
     task_range: str | None = pydantic.Field(None, pattern=r"^\d+/\d+$")
@@ -75,6 +81,12 @@ class ExtractConfig(pydantic.BaseModel):
     """Shuffle the documents with this seed before limits apply; without it they keep their order."""
     keep_text: bool = True
     """Store each sample's text beside it, so that students with another tokenizer can be aligned later."""
+
+    @pydantic.model_validator(mode="after")
+    def _overlap_is_shorter_than_a_sample(self) -> ExtractConfig:
+        if self.overlap >= self.seq_len:
+            raise ValueError(f"overlap: got {self.overlap}, expected less than seq_len {self.seq_len}")
+        return self
 
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)

@@ -186,12 +186,15 @@ def _held_out_rows(corpus: Path, tokenizer: Any, recipe: dict[str, Any]) -> set[
     """Rows of the corpus that training from the store will hold out: the split is a function of the samples alone."""
     import numpy as np
 
-    from pipeline.data import make_samples, read_documents
+    from pipeline.documents import read_documents
+    from pipeline.samples import Cutter
+    from pipeline.windows import Limits, Windows
     from training.config import TrainConfig
     from training.sampler import split_held_out
 
     settings = TrainConfig(store=str(corpus), student="", out=corpus, **recipe["train"])
-    samples = make_samples(read_documents([str(corpus)]), tokenizer, seq_len=int(recipe["extract"]["seq_len"]))
+    cutter = Cutter(tokenizer=tokenizer, seq_len=int(recipe["extract"]["seq_len"]))
+    samples = Windows(read_documents([str(corpus)]), cutter, Limits(window_tokens=sys.maxsize)).next().samples
     _, held_out = split_held_out(
         [sample.id for sample in samples],
         [sample.source for sample in samples],

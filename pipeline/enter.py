@@ -26,12 +26,12 @@ from kvstore.storage import Storage, locate
 from kvstore.writer import create_store
 from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
-from pipeline.data import Sample
 from pipeline.executors import Executor
 from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record
 from pipeline.models.resolve import ResolvedModel
-from pipeline.parts import Part, append_part, find_part, first_part, refuse_other_data
+from pipeline.parts import Part, RunParts, first_part, run_of
+from pipeline.windows import Window
 from pipeline.worker import Job, Moments, TeacherInfo, merge_moments
 
 Say = Callable[[str], None]
@@ -45,7 +45,8 @@ class Run:
     resolved: ResolvedModel
     storage: Storage
     tokenizer: Any
-    samples: list[Sample]
+    first: Window
+    """The first window of the data; often all of it."""
     seq_len: int
     say: Say
 
@@ -64,26 +65,27 @@ class Signal:
     job: Job
 
 
-def enter(run: Run, signal: Signal, executor: Executor) -> Part:
-    """The part of the store this run is for: a new store's first, one that is there already, or one to append."""
+def enter(run: Run, signal: Signal, executor: Executor) -> tuple[RunParts, Part]:
+    """The parts of the store this run is for, and the first: a new store's, one that is there already, or one to append."""
+    settings = run_record(run.config, run.resolved)
+    parts = RunParts(run.storage, settings, run.seq_len, append=run.config.append)
     try:
         store = Store(run.storage)
     except StoreNotFoundError:
-        return _create(run, signal, executor)
+        _create(run, signal, executor, settings)
+        return parts, parts.begin(run.first)
     stored = {name: value for name, value in store.manifest.signal.items() if name != "calibration"}
     refuse_mismatch(run.storage.location, stored=stored, wanted=signal.record, what="the signal")
-    part = find_part(store, run.samples, run.seq_len)
-    if part is None and not run.config.append:
-        refuse_other_data(store, run.samples, run.seq_len)
-    if part is None:
-        part = append_part(store, run.samples, run.seq_len, run_record(run.config, run.resolved))
-        new = sum(len(task.samples) for task in part.tasks)
-        run.say(f"--append: {new:,} new samples; {len(run.samples) - new:,} are stored already and count once more")
-    return part
+    part = parts.begin(run.first)
+    if part.is_new:
+        known = len(run.first.samples) - part.num_new
+        more = "" if run.first.last else ", more to come"
+        run.say(f"--append: {part.num_new:,} new samples{more}; {known:,} are stored already and count once more")
+    return parts, part
 
 
-def _create(run: Run, signal: Signal, executor: Executor) -> Part:
-    part, layout, record = first_part(run.samples, signal.groups, run.seq_len)
+def _create(run: Run, signal: Signal, executor: Executor, settings: dict[str, Any]) -> None:
+    part, layout, record = first_part(run.first, signal.groups, run.seq_len)
     calibration = _calibration(run, signal, executor, part)
     digest = calibration_fingerprint(calibration)
     manifest = Manifest(
@@ -97,7 +99,7 @@ def _create(run: Run, signal: Signal, executor: Executor) -> Part:
         tokenizer={},
         signal={**signal.record, "calibration": digest},
         data={"parts": [record], "dropped": None},
-        runs=[run_record(run.config, run.resolved)],
+        runs=[run_of(settings, 0, run.first)],
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         kvpipe_version=importlib.metadata.version("kvpipe"),
     )
@@ -105,7 +107,6 @@ def _create(run: Run, signal: Signal, executor: Executor) -> Part:
     with tempfile.TemporaryDirectory() as folder:
         run.tokenizer.save_pretrained(folder)
         create_store(run.storage, manifest, calibration, Path(folder), gate)
-    return part
 
 
 def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Calibration) -> dict[str, Any] | None:
@@ -116,8 +117,9 @@ def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Cali
     """
     if not calibration:
         return None
-    chosen = gate_sequences([len(sample.input_ids) for sample in run.samples])
-    sequences = tuple(run.samples[index].input_ids for index in chosen)
+    samples = run.first.samples
+    chosen = gate_sequences([len(sample.input_ids) for sample in samples])
+    sequences = tuple(samples[index].input_ids for index in chosen)
     codec = format_codecs(signal.codecs)
     result: GateResult = executor.ask("gate", signal.job, sequences, codec, calibration)
     alternatives: list[GateResult] = []
@@ -135,7 +137,8 @@ def gate_after(run: Run, signal: Signal, executor: Executor) -> None:
     recorded = read_gate(run.storage).get("after")
     parts = len(store.manifest.data["parts"])
     known = recorded and recorded["parts"] == parts and (recorded["passed"] or run.config.accept_fidelity)
-    if known or len(store.samples.summary) < store.manifest.layout.num_shards:
+    unfinished = store.manifest.is_growing or len(store.samples.summary) < store.manifest.layout.num_shards
+    if known or unfinished:
         return
     chosen = tuple(gate_sequences(store.samples.num_tokens.tolist()))
     if signal.job.alignment is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from pipeline.plan import Task
@@ -36,7 +36,7 @@ class Executor(Protocol):
     def calibrate(self, job: Job, tasks: Sequence[Task]) -> Iterator[tuple[int, Moments]]:
         """Moments of every task, by shard."""
 
-    def run(self, job: Job, tasks: Sequence[Task], replace: bool = False) -> Iterator[TaskResult]:
+    def run(self, job: Job, tasks: Iterable[Task], replace: bool = False) -> Iterator[TaskResult]:
         """Compute and commit every task, over commits that are there only with `replace`."""
 
     def ask(self, question: str, *arguments: Any) -> Any:
@@ -59,7 +59,7 @@ class SerialExecutor:
         for task in tasks:
             yield task.shard, self._worker.calibrate(job, task)
 
-    def run(self, job: Job, tasks: Sequence[Task], replace: bool = False) -> Iterator[TaskResult]:
+    def run(self, job: Job, tasks: Iterable[Task], replace: bool = False) -> Iterator[TaskResult]:
         for task in tasks:
             yield self._worker.run(job, task, replace)
 
@@ -140,8 +140,8 @@ class RayExecutor:
             self._owned[task.shard] = actor
             yield task.shard, moments
 
-    def run(self, job: Job, tasks: Sequence[Task], replace: bool = False) -> Iterator[TaskResult]:
-        for _, _, result in self._schedule(tasks, lambda actor, task: actor.run.remote(job, task, replace)):
+    def run(self, job: Job, tasks: Iterable[Task], replace: bool = False) -> Iterator[TaskResult]:
+        for _, _, result in self._schedule(list(tasks), lambda actor, task: actor.run.remote(job, task, replace)):
             yield result
 
     def ask(self, question: str, *arguments: Any) -> Any:

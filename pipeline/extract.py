@@ -5,10 +5,12 @@ Running it again with the same settings resumes: planning again finds what is co
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,25 +19,33 @@ import transformers
 
 from kvstore import Store, open_store
 from kvstore.codec import KINDS, format_codecs, parse_codecs
-from kvstore.commits import committed_shards
 from kvstore.lease import LAYOUT, lease, sweep
-from kvstore.manifest import Group, plan_groups, read_manifest
+from kvstore.manifest import Group, plan_groups
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
-from kvstore.storage import Folder, Storage, locate
+from kvstore.storage import STAGING, Folder, Storage, locate
 from pipeline.align import Alignment, default_student_layers
 from pipeline.config import ExtractConfig
-from pipeline.data import Sample, make_samples, read_documents, shuffled
+from pipeline.documents import Document, read_documents, shuffled, subsampled
 from pipeline.enter import Run, Say, Signal, enter, gate_after
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
+from pipeline.flow import PURPOSE, TaskFlow, share_of
 from pipeline.identity import signal_record
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
-from pipeline.plan import Task, estimate_bytes, task_range
+from pipeline.parts import Part, RunParts
+from pipeline.plan import Task, estimate_bytes, refuse_tokens
 from pipeline.preflight import existing_folder, refuse_device, refuse_out
+from pipeline.samples import Cutter
+from pipeline.windows import Limits, Windows
 from pipeline.worker import Job, TaskResult, TeacherInfo, TeacherSource
+
+_ROW_BYTES = 600
+"""A sample's row without its text, in a commit record as JSON and in a table; longest seen about 400."""
+_RECORD_BYTES = 65_536
+"""A commit record without its samples: objects and the fidelity of every layer, 0.3 KB each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,34 +86,56 @@ def extract(
         for problem in geometry_mismatch(resolved.preset, model_config):
             say(f"warning: {problem}")
     tokenizer = load_tokenizer(resolved.path)
-    seq_len = min(config.seq_len, model_config.get_text_config().max_position_embeddings)
+    longest = min(config.seq_len, model_config.get_text_config().max_position_embeddings)
+    windows = _windows(config, tokenizer, longest)
+    with tqdm.tqdm(desc="tokenise", unit="tok", unit_scale=True, total=_tokens_expected(config)) as bar:
+        first = windows.next(bar.update)
     run = Run(
-        config=config,
-        resolved=resolved,
-        storage=storage,
-        tokenizer=tokenizer,
-        samples=_samples(config, tokenizer, seq_len),
-        seq_len=config.seq_len,
-        say=say,
+        config=config, resolved=resolved, storage=storage, tokenizer=tokenizer, first=first, seq_len=config.seq_len, say=say
     )
     executor = make_executor(config, resolved)
     try:
         signal = _signal(run, executor.describe())
         _announce(run, signal)
-        with lease(run.storage, LAYOUT, LAYOUT + 1, "kvpipe extract", wait=say):
-            part = enter(run, signal, executor)
-        chosen = range(len(part.tasks)) if config.task_range is None else task_range(config.task_range, len(part.tasks))
-        tasks = [part.tasks[index] for index in chosen]
-        with lease(run.storage, part.first_shard + chosen.start, part.first_shard + chosen.stop, "kvpipe extract"):
-            results, seconds = _run_tasks(run, executor, signal.job, tasks)
-            # Under the lease, for a drop at the same time would find its texts written into a table again.
-            compact(run.storage)
-            gate_after(run, signal, executor)
-        if len(committed_shards(storage)) == read_manifest(storage).layout.num_shards:
-            sweep(storage, "kvpipe extract")
+        with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=say):
+            parts, part = enter(run, signal, executor)
+        results, seconds = _run_tasks(run, executor, signal, windows, parts, part)
+        store = Store(storage)
+        if len(store.samples.summary) == store.manifest.layout.num_shards and not store.manifest.is_growing:
+            sweep(storage, PURPOSE)
     finally:
         executor.close()
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
+
+
+def _windows(config: ExtractConfig, tokenizer: Any, longest: int) -> Windows:
+    """The data, to be read as far as is asked for."""
+
+    def read() -> Iterator[Document]:
+        return read_documents(config.data, config.text_field, config.split)
+
+    def bytes_wanted(documents: Sequence[Document]) -> float:
+        assert config.sample_tokens is not None
+        size = sum(len(document.content()) for document in documents)
+        cutter = Cutter(tokenizer=tokenizer, seq_len=longest, keep_text=False)
+        tokens = sum(len(sample.input_ids) for samples in cutter.samples(documents) for sample in samples)
+        return config.sample_tokens * size / max(tokens, 1)
+
+    documents = read()
+    if config.sample_tokens is not None:
+        documents = subsampled(read, bytes_wanted, config.seed or 0)
+    if config.seed is not None:
+        documents = shuffled(documents, config.seed)
+    return Windows(
+        documents,
+        Cutter(tokenizer=tokenizer, seq_len=longest, overlap=config.overlap, keep_text=config.keep_text),
+        Limits(window_tokens=config.window_tokens, samples=config.limit, tokens=config.max_tokens),
+    )
+
+
+def _tokens_expected(config: ExtractConfig) -> int | None:
+    """Tokens this run will plan, as far as the settings tell."""
+    return min((number for number in (config.max_tokens, config.sample_tokens) if number), default=None)
 
 
 def make_executor(config: ExtractConfig, resolved: ResolvedModel) -> Executor:
@@ -114,35 +146,9 @@ def make_executor(config: ExtractConfig, resolved: ResolvedModel) -> Executor:
     return SerialExecutor(source)
 
 
-def _samples(config: ExtractConfig, tokenizer: Any, seq_len: int) -> list[Sample]:
-    """Read, shuffle, tokenise and cut the data, before the teacher is loaded, so that bad data is known at once.
-
-    Sorted by id, a hash: equal sets of samples make equal stores in whatever order they come, and the first tasks, on which the
-    store is calibrated, are a random draw.
-    """
-    documents = read_documents(config.data, config.text_field, config.split)
-    if config.seed is not None:
-        documents = shuffled(documents, config.seed)
-    with tqdm.tqdm(desc="tokenise", unit="tok", unit_scale=True, total=config.max_tokens or None) as bar:
-        samples = make_samples(
-            documents,
-            tokenizer,
-            seq_len=seq_len,
-            limit=config.limit,
-            max_tokens=config.max_tokens,
-            keep_text=config.keep_text,
-            progress=bar.update,
-        )
-    return sorted(samples, key=lambda sample: sample.id)
-
-
 def _signal(run: Run, info: TeacherInfo) -> Signal:
     """What this teacher and these settings store."""
-    largest = max(int(sample.input_ids.max()) for sample in run.samples)
-    if largest >= info.num_embeddings:
-        raise ValueError(
-            f"token ids: got {largest}, but the teacher has {info.num_embeddings} embeddings; the tokenizer is not the teacher's"
-        )
+    refuse_tokens(run.first, info.num_embeddings)
     alignment, stored = _stored(run, info)
     codecs = parse_codecs(run.config.codec, stored.layer_numbers)
     return Signal(
@@ -190,51 +196,76 @@ def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
 
 
 def _announce(run: Run, signal: Signal) -> None:
-    config, tokens = run.config, sum(len(sample.input_ids) for sample in run.samples)
-    size = estimate_bytes(signal.stored, signal.codecs, tokens)
+    config, first = run.config, run.first
+    tokens = first.num_tokens if first.last else _tokens_expected(config)
+    size = estimate_bytes(signal.stored, signal.codecs, tokens or 1_000_000)
+    what = f"{len(first.samples):,} samples, {tokens:,} tokens" if first.last else f"at most {tokens:,} tokens"
+    about = f"about {size / 1e9:.3g} GB"
+    if tokens is None:
+        what, about = "data of unknown size", f"about {size / 1e9:.3g} GB per million tokens"
     free = ""
     if isinstance(run.storage, Folder):
         free = f" ({shutil.disk_usage(existing_folder(run.storage.root)).free / 1e9:.0f} GB free)"
     run.say(
-        f"{config.teacher}: {len(run.samples):,} samples, {tokens:,} tokens, {len(signal.stored.layers)} layers "
-        f"({format_layers(signal.stored.layer_numbers)}), codec {format_codecs(signal.codecs)}: about {size / 1e9:.3g} GB into "
+        f"{config.teacher}: {what}, {len(signal.stored.layers)} layers "
+        f"({format_layers(signal.stored.layer_numbers)}), codec {format_codecs(signal.codecs)}: {about} into "
         f"{run.storage.location}{free}"
     )
-    if config.max_tokens and tokens > 0.99 * config.max_tokens:
+    if config.max_tokens and (not first.last or first.num_tokens > 0.99 * config.max_tokens):
         run.say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")
 
 
-def _run_tasks(run: Run, executor: Executor, job: Job, tasks: list[Task]) -> tuple[list[TaskResult], float]:
+def _run_tasks(
+    run: Run, executor: Executor, signal: Signal, windows: Windows, parts: RunParts, first: Part
+) -> tuple[list[TaskResult], float]:
     """Run the tasks that are not committed, in waves none of which can pass the byte limit."""
-    committed = committed_shards(run.storage)
-    todo = [task for task in tasks if task.shard not in committed]
-    if len(todo) < len(tasks):
-        run.say(f"resuming {run.storage.location}: {len(tasks) - len(todo)} of {len(tasks)} shards are committed")
     max_bytes = run.config.max_bytes
-    stored_bytes = sum(Store(run.storage).samples.summary["stored_bytes"].to_pylist())
-    worst = _worst_case_bytes(read_manifest(run.storage).groups)
+    worst = _worst_case_bytes(signal.groups)
     results: list[TaskResult] = []
-    started = time.perf_counter()
-    with tqdm.tqdm(
-        desc="extract",
-        unit="tok",
-        unit_scale=True,
-        total=sum(task.num_tokens for task in tasks),
-        initial=sum(task.num_tokens for task in tasks if task.shard in committed),
-    ) as bar:
-        while wave := _wave(todo, worst, None if max_bytes is None else max_bytes - stored_bytes):
-            todo = todo[len(wave) :]
-            for result in executor.run(job, wave):
-                results.append(result)
-                stored_bytes += result.stored_bytes
-                bar.set_postfix_str(f"{stored_bytes / 1e6:,.1f} MB", refresh=False)
-                bar.update(result.num_tokens)
-    if todo:
-        run.say(
-            f"stopped before --max-bytes {max_bytes:,}: {stored_bytes:,} bytes are stored, {len(todo)} of {len(tasks)} shards are "
-            "left; what is committed can be used, and the same command with a larger limit goes on"
-        )
+    started, used = time.perf_counter(), _folder_bytes(run.storage)
+    total = None if not run.first.last else sum(task.num_tokens for task in _own(run, first))
+    with tqdm.tqdm(desc="extract", unit="tok", unit_scale=True, total=total or _tokens_expected(run.config)) as bar:
+
+        def stored(num_tokens: int) -> None:
+            bar.initial += num_tokens
+            bar.update(num_tokens)
+
+        flow = TaskFlow(run, windows, parts, first, num_embeddings=signal.info.num_embeddings, stored=stored)
+        with contextlib.closing(flow):
+            more = True
+            while more:
+                budget = None if max_bytes is None else max_bytes - used
+                before = len(results)
+                for result in executor.run(signal.job, flow.wave(lambda task: _worst_bytes(task, worst), budget)):
+                    results.append(result)
+                    flow.done(result.shard)
+                    bar.update(result.num_tokens)
+                used = _folder_bytes(run.storage)
+                more = flow.is_stopped and len(results) > before
+            if flow.is_stopped:
+                run.say(
+                    f"stopped before --max-bytes {max_bytes:,}: {used:,} bytes are stored, and the next shard could pass the limit; what is "
+                    "committed can be used, and the same command with a larger limit goes on"
+                )
+            with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
+                compact(run.storage)
+                gate_after(run, signal, executor)
     return results, time.perf_counter() - started
+
+
+def _own(run: Run, part: Part) -> list[Task]:
+    return [part.tasks[index] for index in share_of(run.config, len(part.tasks), 0)]
+
+
+def _folder_bytes(storage: Storage) -> int:
+    """Every byte of the store but those of unfinished files."""
+    return sum(entry.size_bytes for entry in storage.entries("") if not entry.key.startswith(f"{STAGING}/"))
+
+
+def _worst_bytes(task: Task, token_bytes: int) -> int:
+    """What a task can add to the store if nothing compresses: its shard, its record, and its rows and texts in a table."""
+    texts = sum(len((sample.row.text or "").encode()) for sample in task.samples)
+    return task.num_tokens * token_bytes + 3 * texts + _ROW_BYTES * len(task.samples) + _RECORD_BYTES
 
 
 def _worst_case_bytes(groups: tuple[Group, ...]) -> int:
@@ -245,19 +276,6 @@ def _worst_case_bytes(groups: tuple[Group, ...]) -> int:
         for kind in KINDS
     )
     return int(1.02 * values) + np.dtype(np.int32).itemsize + 1
-
-
-def _wave(todo: list[Task], token_bytes: int, budget: int | None) -> list[Task]:
-    """The next tasks that fit the budget even if nothing compresses; all when there is none."""
-    if budget is None:
-        return todo
-    wave: list[Task] = []
-    for task in todo:
-        budget -= task.num_tokens * token_bytes
-        if budget < 0:
-            break
-        wave.append(task)
-    return wave
 
 
 def _summary(storage: Storage, results: list[TaskResult], run_s: float, seconds: float) -> ExtractSummary:

@@ -17,7 +17,8 @@ from kvstore.codec import Codec
 from kvstore.commits import SampleRow, token_crc32c
 from kvstore.layout import Layout, fill_shards
 from kvstore.spec import KVSpec
-from pipeline.data import Sample
+from pipeline.samples import Sample
+from pipeline.windows import Window
 
 PAD_MULTIPLE = 64
 """Samples are padded to a multiple of this: what a sample's numbers are depends on the padded length alone."""
@@ -74,6 +75,19 @@ def task_range(text: str, num_tasks: int) -> range:
     if not (slash and number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
         raise ValueError(f"--task-range: got {text!r}, expected N/M with N from 1 to M, for instance 3/8")
     return range((int(number) - 1) * num_tasks // int(total), int(number) * num_tasks // int(total))
+
+
+def refuse_tokens(window: Window, num_embeddings: int) -> None:
+    """Refuse token ids the teacher has no embedding for.
+
+    Raises:
+        ValueError: there are some; on a GPU they would end the process.
+    """
+    largest = max((int(sample.input_ids.max()) for sample in window.samples), default=0)
+    if largest >= num_embeddings:
+        raise ValueError(
+            f"token ids: got {largest}, but the teacher has {num_embeddings} embeddings; the tokenizer is not the teacher's"
+        )
 
 
 def _row(sample: Sample, shard: int, token_start: int) -> SampleRow:

@@ -198,15 +198,17 @@ def _recorded_config(store: Store, shard: int, settings: dict[str, Any]) -> Extr
     Raises:
         KVStoreError: the part was not extracted.
     """
-    for part, run in zip(store.manifest.data.get("parts", ()), store.manifest.runs, strict=True):
-        if part["first_shard"] <= shard < part["first_shard"] + part["num_shards"]:
-            if "teacher" not in run:
+    parts = store.manifest.data["parts"]
+    for run in reversed(store.manifest.runs):
+        if run["first_part"] < len(parts) and parts[run["first_part"]]["first_shard"] <= shard:
+            if "settings" not in run:
                 raise KVStoreError(
                     f"shard {shard}: it was not extracted but made from other stores ({run}); verify and repair those, and make "
                     "this one again"
                 )
-            return ExtractConfig.model_validate({**run, "out": store.location, "accept_fidelity": True, **settings})
-    raise KVStoreError(f"shard {shard}: no part of the manifest holds it ({store.location})")
+            recorded = {**run["settings"], "out": store.location, "accept_fidelity": True}
+            return ExtractConfig.model_validate({**recorded, **settings})
+    raise KVStoreError(f"shard {shard}: no run of the manifest made it ({store.location})")
 
 
 def _configs_of(storage: Storage, shards: Iterable[int], settings: dict[str, Any]) -> list[ExtractConfig]:

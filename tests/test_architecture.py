@@ -25,7 +25,7 @@ ONLY_IN = {
     "ray": {"pipeline/executors.py"},
     "zarr": {"kvstore"},
     "tensorstore": {"kvstore"},
-    "datasets": {"pipeline/data.py"},
+    "datasets": {"pipeline/documents.py"},
     "click": {"pipeline/cli.py", "pipeline/store_commands.py", "pipeline/terminal.py"},
     "matplotlib": {"training/report.py"},
 }

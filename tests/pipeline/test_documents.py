@@ -1,4 +1,4 @@
-"""Reading documents and cutting them into samples, from every kind of source, real files of each."""
+"""Reading documents from every kind of source, real files of each."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kvstore.commits import sample_id
-from pipeline.data import Document, make_samples, read_documents, shuffled
-from tests.checkpoints import byte_tokenizer
+from pipeline import documents as documents_room
+from pipeline.documents import Document, Message, read_documents, shuffled, subsampled
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["first text", "zweiter Text mit Ümlaut", "第三 🙂"]
@@ -120,7 +118,7 @@ def test_globs_reach_subfolders(tmp_path: Path) -> None:
         pytest.param(lambda path: _write(path / "x.jsonl.zst", b"nonsense"), "not complete JSON lines", id="not-zstd"),
         pytest.param(lambda path: _write(path / "x.parquet", b"PAR1"), "not readable parquet", id="cut-parquet"),
         pytest.param(
-            lambda path: _write(path / "x.jsonl", b'{"body": "a"}\n'), r"no text in 'text'; its fields are body", id="field"
+            lambda path: _write(path / "x.jsonl", b'{"body": "a"}\n'), r"neither a text nor a list of messages in 'text'; its fields are body", id="field"
         ),
     ],
 )
@@ -185,7 +183,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = endpoint if endpoint != "silent" else f"http://127.0.0.1:{server.getsockname()[1]}"
         code = (
-            "import time; from pipeline.data import read_documents; started = time.monotonic()\n"
+            "import time; from pipeline.documents import read_documents; started = time.monotonic()\n"
             "try: list(read_documents(['nobody/nothing']))\n"
             "except ValueError as error: print(time.monotonic() - started, error)"
         )
@@ -195,51 +193,6 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint: str) -> None:
     seconds, _, message = done.stdout.partition(" ")
     assert message.startswith("--data: there is no file or folder 'nobody/nothing' here, and the hub data set")
     assert float(seconds) < 5
-
-
-@settings(max_examples=30, deadline=None)
-@given(texts=st.lists(st.text(max_size=60), max_size=8), seq_len=st.integers(2, 40))
-def test_samples_hold_every_token_once_and_their_text(texts: list[str], seq_len: int) -> None:
-    tokenizer = byte_tokenizer()
-    documents = [Document(source=str(number), text=f"{number}:{text}") for number, text in enumerate(texts)]
-    expected = {}
-    for document in documents:
-        ids = tokenizer(document.text)["input_ids"]
-        for start in range(0, len(ids), seq_len):
-            if len(ids[start : start + seq_len]) > 1:
-                expected.setdefault(tuple(ids[start : start + seq_len]), []).append(document.source)
-    if not expected:
-        with pytest.raises(ValueError, match="no sample of at least two tokens"):
-            make_samples(documents, tokenizer, seq_len=seq_len)
-        return
-    samples = make_samples(documents, tokenizer, seq_len=seq_len)
-    assert {tuple(sample.input_ids.tolist()): sample.count for sample in samples} == {
-        ids: len(sources) for ids, sources in expected.items()
-    }
-    for sample in samples:
-        assert sample.id == sample_id(sample.input_ids)
-        assert sample.text is not None
-        assert tokenizer.decode(sample.input_ids).strip("�") in sample.text
-
-
-def test_equal_texts_are_one_sample_with_its_count() -> None:
-    documents = [Document(source=str(number), text="the same text") for number in range(3)]
-    (sample,) = make_samples(documents, byte_tokenizer(), seq_len=100)
-    assert (sample.count, sample.source) == (3, "0")
-
-
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [({"limit": 3}, 3), ({"max_tokens": 25}, 2), ({"max_tokens": 0}, 6), ({"limit": 9, "max_tokens": 30}, 3), ({}, 6)],
-)
-def test_limits_stop_in_time(limits: dict[str, int], expected: int) -> None:
-    documents = [Document(source=str(number), text=f"text no. {number}") for number in range(6)]
-    assert len(make_samples(documents, byte_tokenizer(), seq_len=64, **limits)) == expected
-
-
-def test_text_is_left_out_on_request() -> None:
-    (sample,) = make_samples([Document(source="a", text="some text")], byte_tokenizer(), seq_len=64, keep_text=False)
-    assert sample.text is None
 
 
 @pytest.mark.parametrize("buffer", [1, 4, 100])
@@ -274,3 +227,62 @@ def test_a_zst_file_cut_off_inside_a_frame_is_refused_even_if_nothing_of_it_deco
 def test_a_byte_order_mark_before_json_lines_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "hello"}\n')
     assert [document.text for document in read_documents([str(tmp_path / "bom.jsonl")])] == ["hello"]
+
+
+def test_a_long_text_file_is_several_documents_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_room, "TEXT_BYTES_AT_ONCE", 64)
+    text = "".join(f"Zeile {number} mit Ümlaut {'x' * (number % 9)}\n" for number in range(40)) + "no end of line " + "y" * 200
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    found = list(read_documents([str(tmp_path / "long.txt")]))
+    assert "".join(document.text for document in found) == text
+    assert len(found) > 10
+    assert all(document.text.endswith("\n") for document in found[:-1])
+    assert {document.source for document in found} == {str(tmp_path / "long.txt")}
+    (tmp_path / "long.txt").write_bytes(text.encode() + b"\xff")
+    with pytest.raises(ValueError, match=rf"long\.txt is not UTF-8 text \(byte {len(text.encode())}\)"):
+        list(read_documents([str(tmp_path / "long.txt")]))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, id="messages"),
+        pytest.param({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, id="sharegpt"),
+        pytest.param({"text": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, id="text-field"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_may_hold_a_conversation(row: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    (document,) = read_documents([str(path)])
+    assert document.messages == (Message(role="user", content="hi"), Message(role="assistant", content="ho"))
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": "user", "content": None}], ["hi"], 7])
+def test_what_is_no_conversation_is_refused(messages: object, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=r"row 0 of .*rows\.jsonl has neither a text nor a list of messages in 'text'"):
+        list(read_documents([str(tmp_path / "rows.jsonl")]))
+
+
+def test_a_sample_of_the_documents_is_spread_over_all_of_them_and_is_about_as_large_as_asked_for() -> None:
+    documents = [Document(source=str(number), text="x" * (50 + number % 100)) for number in range(5_000)]
+    size = sum(len(document.text) for document in documents)
+    reads = []
+
+    def read() -> list[Document]:
+        reads.append(1)
+        return documents
+
+    chosen = [int(document.source) for document in subsampled(read, lambda _: size / 4, seed=3)]
+    assert len(reads) == 2
+    assert chosen == sorted(set(chosen))
+    assert 0.22 < sum(len(documents[number].text) for number in chosen) / size < 0.28
+    assert all(0.2 < sum(first <= number < first + 1000 for number in chosen) / 1000 < 0.3 for first in range(0, 5000, 1000))
+    assert chosen == [int(document.source) for document in subsampled(read, lambda _: size / 4, seed=3)]
+    assert chosen != [int(document.source) for document in subsampled(read, lambda _: size / 4, seed=4)]
+    assert len(list(subsampled(read, lambda _: 2 * size, seed=3))) == len(documents)

@@ -1,6 +1,6 @@
-"""Text to samples: reads documents from files, `datasets` folders or the hub, tokenises them and cuts them to length.
+"""Documents of a data set: reads texts and conversations from files, `datasets` folders or the hub, one after another.
 
-Knows tokenizers and rows; knows neither the teacher nor the store's layout.
+Knows files and rows; knows neither tokenizers nor what becomes of a document.
 """
 
 from __future__ import annotations
@@ -10,47 +10,52 @@ import glob
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int32
 
-from kvstore.commits import sample_id
 from pipeline.models.resolve import HUB_TIMEOUT_S, one_line, within
 
 _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SHUFFLE_BUFFER = 10_000
-_TOKENIZE_AT_ONCE = 64
 _ZSTD_BYTES_AT_ONCE = 4096  # what comes of them is in memory at once: seldom over 100 KB, and never over 128 MB
-MIN_SAMPLE_TOKENS = 2
-"""A sample of one token predicts nothing."""
+TEXT_BYTES_AT_ONCE = 16 * 2**20
+"""A larger text file is several documents, cut at line ends, so that no file is in memory whole."""
+_CHAT_FIELDS = ("messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Names of roles in ShareGPT's rows and what everybody else calls them."""
+_MEASURED_DOCUMENTS = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """`system`, `user`, `assistant`, `tool` or what else the chat template knows."""
+    content: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A text with its origin."""
+    """A text, or a conversation, with its origin."""
 
     source: str
     """File, or file and row: pieces of one document share it."""
-    text: str
+    text: str = ""
+    messages: tuple[Message, ...] | None = None
+    """The turns of a conversation, whose text a chat template makes; None for plain text."""
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """A piece of a document, tokenised."""
-
-    id: str
-    source: str
-    input_ids: Int32[np.ndarray, "token"]
-    text: str | None
-    count: int
-    """How often the data had exactly these tokens; they are stored once."""
+    def content(self) -> bytes:
+        """Everything that decides which tokens come of it, as bytes."""
+        if self.messages is None:
+            return self.text.encode()
+        return json.dumps([[message.role, message.content] for message in self.messages], ensure_ascii=False).encode()
 
 
 def read_documents(data: Sequence[str], text_field: str = "text", split: str = "train") -> Iterator[Document]:
@@ -89,20 +94,60 @@ def _read_file(path: Path, text_field: str) -> Iterator[Document]:
     elif path.suffix == ".parquet":
         yield from _documents(str(path), _parquet_rows(path), text_field)
     else:
-        try:
-            yield Document(source=str(path), text=path.read_bytes().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--data: {path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from None
+        with path.open("rb") as file:
+            yield from _text_pieces(path, file)
+
+
+def _text_pieces(path: Path, file: BinaryIO) -> Iterator[Document]:
+    """The file as one document, or as several cut at line ends where it is long."""
+    done, rest = 0, b""
+    while block := file.read(TEXT_BYTES_AT_ONCE):
+        content = rest + block
+        end = content.rfind(b"\n") + 1 if len(block) == TEXT_BYTES_AT_ONCE else len(content)
+        rest = content[end:]
+        if end:
+            yield _text_document(path, content[:end], done)
+        done += end
+    if rest:
+        yield _text_document(path, rest, done)
+
+
+def _text_document(path: Path, content: bytes, start: int) -> Document:
+    try:
+        return Document(source=str(path), text=content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data: {path} is not UTF-8 text (byte {start + error.start}); convert it or leave it out") from None
 
 
 def _documents(name: str, rows: Iterable[Mapping[str, Any]], text_field: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
-        text = row.get(text_field)
-        if not isinstance(text, str):
+        source, found = f"{name}:{number}", row.get(text_field)
+        if found is None:
+            found = next((row[field] for field in _CHAT_FIELDS if row.get(field) is not None), None)
+        if isinstance(found, str):
+            yield Document(source=source, text=found)
+        elif messages := _messages(found):
+            yield Document(source=source, messages=messages)
+        else:
             raise ValueError(
-                f"--text-field: row {number} of {name} has no text in {text_field!r}; its fields are {', '.join(row) or 'none'}"
+                f"--text-field: row {number} of {name} has neither a text nor a list of messages in {text_field!r}; its fields are "
+                f"{', '.join(row) or 'none'}. A message is an object with 'role' and 'content', or 'from' and 'value'"
             )
-        yield Document(source=f"{name}:{number}", text=text)
+
+
+def _messages(found: object) -> tuple[Message, ...] | None:
+    """The turns of a conversation, None where this is none."""
+    if not isinstance(found, (list, tuple)) or not found:
+        return None
+    messages = []
+    for turn in found:
+        if not isinstance(turn, Mapping):
+            return None
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        messages.append(Message(role=_ROLES.get(role, role), content=content))
+    return tuple(messages)
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -235,61 +280,24 @@ def shuffled(documents: Iterable[Document], seed: int, buffer: int = _SHUFFLE_BU
     yield from (held[slot] for slot in np.argsort(raw.random_raw(len(held)), kind="stable"))
 
 
-def make_samples(
-    documents: Iterable[Document],
-    tokenizer: Any,
-    *,
-    seq_len: int,
-    limit: int | None = None,
-    max_tokens: int | None = None,
-    keep_text: bool = True,
-    progress: Callable[[int], object] = lambda _: None,
-) -> list[Sample]:
-    """Tokenise documents, cut them into consecutive samples of at most `seq_len` tokens, and merge equal ones.
-
-    Stops at `limit` samples or before `max_tokens` tokens are exceeded. Pieces of a single token are left out.
+def subsampled(
+    read: Callable[[], Iterable[Document]], bytes_wanted: Callable[[Sequence[Document]], float], seed: int
+) -> Iterator[Document]:
+    """A random share of the documents over all of the data, in their order; reads the data once more to know its size.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        progress: told the tokens added, now and then.
-
-    Raises:
-        ValueError: nothing is left to store.
+        read: gives the documents, the same every time.
+        bytes_wanted: from the first documents, how many bytes of text are wanted in all.
+        seed: of the draw; each document is in or out by its number alone.
     """
-    found: dict[str, Sample] = {}
-    tokens = 0
-    for source, input_ids, text in _pieces(documents, tokenizer, seq_len):
-        identity = sample_id(input_ids)
-        if identity in found:
-            found[identity] = dataclasses.replace(found[identity], count=found[identity].count + 1)
-            continue
-        if max_tokens and tokens + len(input_ids) > max_tokens:
-            break
-        found[identity] = Sample(id=identity, source=source, input_ids=input_ids, text=text if keep_text else None, count=1)
-        tokens += len(input_ids)
-        progress(len(input_ids))
-        if limit is not None and len(found) >= limit:
-            break
-    if not found:
-        raise ValueError(
-            "--data: no sample of at least two tokens; the documents are empty, or --max-tokens is below one sample"
-        )
-    return list(found.values())
-
-
-def _pieces(
-    documents: Iterable[Document], tokenizer: Any, seq_len: int
-) -> Iterator[tuple[str, Int32[np.ndarray, "token"], str]]:
-    remaining = iter(documents)
-    while batch := list(itertools.islice(remaining, _TOKENIZE_AT_ONCE)):
-        encoded = tokenizer(
-            [document.text for document in batch], return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
-        for document, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            for start in range(0, len(ids), seq_len):
-                piece = slice(start, start + seq_len)
-                if len(ids[piece]) < MIN_SAMPLE_TOKENS:
-                    continue
-                spans = [(first, last) for first, last in offsets[piece] if last > first]
-                text = document.text[spans[0][0] : spans[-1][1]] if spans else ""
-                yield document.source, np.array(ids[piece], dtype=np.int32), text
+    total, first = 0, list[Document]()
+    for document in read():
+        total += len(document.content())
+        if len(first) < _MEASURED_DOCUMENTS:
+            first.append(document)
+    if not first:
+        return
+    share = bytes_wanted(first) / total
+    key = int.from_bytes(hashlib.sha256(f"sample {seed}".encode()).digest()[:16], "little")
+    raw = np.random.Philox(key=key)  # only raw output is frozen across numpy versions (NEP 19)
+    yield from (document for document in read() if int(raw.random_raw()) < share * 2**64)

@@ -1,0 +1,200 @@
+"""The tasks of a run as they come: windows are planned ahead, entered into the store, handed out, and closed when they are done.
+
+At most two windows are in memory, and one that is being planned. Holds the leases of the shards it hands out. Knows neither teacher
+nor text, and does not run anything itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+from kvstore import Store
+from kvstore.commits import committed_shards
+from kvstore.lease import LAYOUT, lease
+from kvstore.samples import compact
+from pipeline.config import ExtractConfig
+from pipeline.enter import Run
+from pipeline.parts import Part, RunParts
+from pipeline.plan import Task, refuse_tokens, task_range
+from pipeline.windows import Window, Windows
+
+Item = TypeVar("Item")
+PURPOSE = "kvpipe extract"
+_COMPACT_WINDOWS = 8
+"""Windows whose rows become one table: a billion tokens are then some sixty tables, not five hundred."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Skipped:
+    """A window that is stored already and was passed over."""
+
+    ids: list[str]
+    num_tokens: int
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Open:
+    """A window some of whose tasks are not done."""
+
+    lease: contextlib.ExitStack
+    todo: set[int]
+    """Shards still to be committed."""
+    fresh: list[int]
+    """Shards this run commits."""
+
+
+class TaskFlow:
+    """The tasks of this run's share of all windows that are not committed yet, in order.
+
+    Consume `wave` from one thread, and tell `done` of every result from the same.
+
+    Args:
+        num_embeddings: of the teacher; token ids must be below.
+        stored: told the tokens found committed already.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        windows: Windows,
+        parts: RunParts,
+        first: Part,
+        *,
+        num_embeddings: int,
+        stored: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self._run, self._windows, self._parts = run, windows, parts
+        self._num_embeddings, self._stored = num_embeddings, stored
+        self._open: dict[int, _Open] = {}
+        self._fresh: list[int] = []
+        self._closed = 0
+        self._tasks = self._all_tasks(first)
+        self._held: Task | None = None
+        self.range = range(first.first_shard, first.first_shard)
+        """Shards of this run's share in the newest window."""
+
+    def wave(self, cost: Callable[[Task], int], budget: int | None) -> Iterator[Task]:
+        """The next tasks whose costs together stay within the budget; all that are left when there is none."""
+        while (task := self._held or next(self._tasks, None)) is not None:
+            self._held = task
+            if budget is not None:
+                budget -= cost(task)
+                if budget < 0:
+                    return
+            self._held = None
+            yield task
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a task is left that no wave could afford."""
+        return self._held is not None
+
+    def done(self, shard: int) -> None:
+        """A task has been committed: the window it closes is put into a table now and then, and its lease ends."""
+        number = next(number for number, window in self._open.items() if shard in window.todo)
+        window = self._open[number]
+        window.todo.remove(shard)
+        if not window.todo:
+            self._close(number)
+
+    def close(self) -> None:
+        """Give up every lease; to be called at the end, whatever happened."""
+        self._tasks.close()
+        for window in self._open.values():
+            window.lease.close()
+        self._open.clear()
+
+    def _all_tasks(self, first: Part) -> Generator[Task, None, None]:
+        yield from self._enter(first, 0)
+        if self._run.first.last:
+            return
+        for number, item in enumerate(_ahead(self._later_windows()), start=1):
+            if isinstance(item, _Skipped):
+                self._parts.know(item.ids)
+                self._stored(item.num_tokens)
+                continue
+            with lease(self._run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=self._run.say):
+                part = self._parts.enter(item)
+            yield from self._enter(part, number)
+
+    def _later_windows(self) -> Iterator[Window | _Skipped]:
+        store = Store(self._run.storage)
+        committed = set(store.samples.summary["shard"].to_pylist())
+        for number in itertools.count(1):
+            recorded = self._parts.recorded(number)
+            if recorded is not None and self._windows.may_skip(recorded.consumed) and committed.issuperset(recorded.shards):
+                ids = self._parts.ids_of(store, recorded.part)
+                self._windows.skip(recorded.consumed, ids)
+                yield _Skipped(ids=ids, num_tokens=recorded.num_tokens)
+                continue
+            window = self._windows.next()
+            refuse_tokens(window, self._num_embeddings)
+            yield window
+            if window.last:
+                return
+
+    def _enter(self, part: Part, window: int) -> Iterator[Task]:
+        """The tasks of this run's share of a window, under a lease."""
+        chosen = share_of(self._run.config, len(part.tasks), window)
+        tasks = [part.tasks[index] for index in chosen]
+        self.range = range(part.first_shard + chosen.start, part.first_shard + chosen.stop)
+        committed = set() if part.is_new else committed_shards(self._run.storage) & {task.shard for task in tasks}
+        held = contextlib.ExitStack()
+        held.enter_context(lease(self._run.storage, self.range.start, self.range.stop, PURPOSE))
+        todo = [task for task in tasks if task.shard not in committed]
+        if committed:
+            self._run.say(f"resuming {self._run.storage.location}: {len(committed)} of {len(tasks)} shards are committed")
+            self._stored(sum(task.num_tokens for task in tasks if task.shard in committed))
+        shards = [task.shard for task in todo]
+        self._open[part.number] = _Open(lease=held, todo=set(shards), fresh=shards)
+        if not todo:
+            self._close(part.number)
+        yield from todo
+
+    def _close(self, number: int) -> None:
+        window = self._open.pop(number)
+        with window.lease:
+            self._fresh += window.fresh
+            self._closed += 1
+            if self._closed % _COMPACT_WINDOWS == 0 and self._fresh:
+                # Under a lease, for a drop at the same time would find its texts written into a table again.
+                compact(self._run.storage, self._fresh)
+                self._fresh = []
+
+
+def share_of(config: ExtractConfig, num_tasks: int, window: int) -> range:
+    """The tasks of a window that fall to this run; with each window the shares move on by one, for a small one has not enough for
+    all."""
+    if config.task_range is None:
+        return range(num_tasks)
+    number, total = (int(part) for part in config.task_range.split("/"))
+    task_range(config.task_range, num_tasks)
+    return task_range(f"{(number - 1 + window) % total + 1}/{total}", num_tasks)
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made in a thread while this one is used; an error comes where its item would."""
+    upcoming = _in_background(lambda: next(items, None))
+    while (item := upcoming.result()) is not None:
+        upcoming = _in_background(lambda: next(items, None))
+        yield item
+
+
+def _in_background(call: Callable[[], Item]) -> Future[Item]:
+    """A daemon thread's result: a pool would keep the interpreter from ending while a slow source is read."""
+    future: Future[Item] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # handed over, as concurrent.futures does
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="plan-ahead", daemon=True).start()
+    return future

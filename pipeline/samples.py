@@ -1,0 +1,134 @@
+"""Documents to samples: tokenises them and cuts them to length.
+
+Knows tokenizers; knows neither the teacher nor what a store has already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from kvstore.commits import sample_id
+from pipeline.chat import render
+from pipeline.documents import Document
+
+_TOKENIZE_AT_ONCE = 64
+MIN_SAMPLE_TOKENS = 2
+"""A sample of one token predicts nothing."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A piece of a document, tokenised."""
+
+    id: str
+    source: str
+    input_ids: Int32[np.ndarray, "token"]
+    text: str | None
+    count: int
+    """How often the data had exactly these tokens; they are stored once."""
+    role: UInt8[np.ndarray, "token"] | None = None
+    """Number in `chat.ROLES` of whom a token is from; None for plain text."""
+    loss_mask: UInt8[np.ndarray, "token"] | None = None
+    """1 for tokens to learn from; None where that is all of them."""
+
+    def again(self, other: Sample) -> Sample:
+        """This sample, counted once more as another with the same tokens; what either is to be learnt from is."""
+        mask = self.loss_mask if other.loss_mask is None or self.loss_mask is None else self.loss_mask | other.loss_mask
+        return dataclasses.replace(self, count=self.count + other.count, loss_mask=mask)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cutter:
+    """How documents become samples."""
+
+    tokenizer: Any
+    """A fast Hugging Face tokenizer."""
+    seq_len: int
+    """Longest sample in tokens."""
+    overlap: int = 0
+    """Tokens that a later sample of a document repeats from the one before, as context: `loss_mask` is 0 there."""
+    keep_text: bool = True
+
+    def samples(self, documents: Iterable[Document]) -> Iterator[list[Sample]]:
+        """The samples of each document in turn, consecutive pieces of at most `seq_len` tokens; pieces of a single token are left
+        out.
+
+        Raises:
+            ValueError: a conversation cannot be rendered.
+        """
+        for batch in batched(documents, _TOKENIZE_AT_ONCE):
+            texts = [document.text for document in batch if document.messages is None]
+            encoded = iter(self._encode(texts)) if texts else iter(())
+            for document in batch:
+                yield list(
+                    self._conversation(document) if document.messages is not None else self._text(document, *next(encoded))
+                )
+
+    def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        encoded = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    def _text(self, document: Document, ids: list[int], offsets: list[tuple[int, int]]) -> Iterator[Sample]:
+        input_ids = np.array(ids, dtype=np.int32)
+        for piece, repeated in self._pieces(len(ids)):
+            mask = None
+            if self.overlap:
+                mask = np.ones(piece.stop - piece.start, dtype=np.uint8)
+                mask[:repeated] = 0
+            yield self._sample(document, input_ids[piece], _text_of(document.text, offsets[piece]), None, mask)
+
+    def _conversation(self, document: Document) -> Iterator[Sample]:
+        assert document.messages is not None
+        found = render(self.tokenizer, document.messages, document.source)
+        for piece, repeated in self._pieces(len(found.input_ids)):
+            mask = found.loss_mask[piece].copy()
+            mask[:repeated] = 0
+            text = _text_of(found.text, found.offsets[piece])
+            yield self._sample(document, found.input_ids[piece], text, found.role[piece], mask)
+
+    def _pieces(self, num_tokens: int) -> Iterator[tuple[slice, int]]:
+        """Each piece of a document and how many tokens at its beginning the piece before has too."""
+        start = 0
+        while num_tokens - start >= MIN_SAMPLE_TOKENS:
+            repeated = self.overlap if start else 0
+            stop = min(start + self.seq_len, num_tokens)
+            # Nothing but repeated tokens would be a sample to learn nothing from.
+            if stop - start <= repeated:
+                return
+            yield slice(start, stop), repeated
+            start = stop - self.overlap if stop < num_tokens else num_tokens
+
+    def _sample(
+        self, document: Document, input_ids: np.ndarray, text: str, role: np.ndarray | None, mask: np.ndarray | None
+    ) -> Sample:
+        return Sample(
+            id=sample_id(input_ids),
+            source=document.source,
+            input_ids=input_ids,
+            text=text if self.keep_text else None,
+            count=1,
+            role=role,
+            loss_mask=mask,
+        )
+
+
+def _text_of(text: str, offsets: list[tuple[int, int]]) -> str:
+    spans = [(first, last) for first, last in offsets if last > first]
+    return text[spans[0][0] : spans[-1][1]] if spans else ""
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of at most `size` items."""
+    remaining = iter(items)
+    while batch := list(itertools.islice(remaining, size)):
+        yield batch
+
+
+Progress = Callable[[int], object]
+"""Told the tokens added, now and then."""
