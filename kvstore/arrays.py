@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -23,7 +23,23 @@ from kvstore.manifest import ARRAYS, Group, Manifest
 from kvstore.records import fingerprint
 from kvstore.storage import Storage
 
-UNWRITTEN_TOKEN = -1
+
+class TokenArray(NamedTuple):
+    """An array with one number a token."""
+
+    dtype: np.dtype[Any]
+    fill: int
+    """Where there is no token."""
+    default: int
+    """For a token of which nothing is said."""
+
+
+TOKEN_ARRAYS = {
+    "input_ids": TokenArray(np.dtype(np.int32), -1, -1),
+    "role": TokenArray(np.dtype(np.uint8), 0, 0),
+    "loss_mask": TokenArray(np.dtype(np.uint8), 0, 1),
+}
+"""By name; FORMAT.md 3.6 and 3.12."""
 _MISSING_CHUNK = 2**64 - 1
 _STORE_ZEROS: Any = {"write_empty_chunks": True}
 """A mean of nothing but zeros, or layer 0 alone, equals the fill value, and zarr would leave its chunk out."""
@@ -35,13 +51,13 @@ def array_key(group: Group, name: str) -> str:
 
 
 def array_keys(manifest: Manifest) -> list[str]:
-    """Paths inside kv.zarr of the arrays that shards are written into: codes group by group, token ids last."""
-    return [*(array_key(group, group.array(kind)) for group in manifest.groups for kind in KINDS), "input_ids"]
+    """Paths inside kv.zarr of the arrays that shards are written into: codes group by group, then those of one number a token."""
+    return [*(array_key(group, group.array(kind)) for group in manifest.groups for kind in KINDS), *manifest.token_arrays]
 
 
 def shard_key(array: str, shard: int) -> str:
     """Key in the store of one shard of one array."""
-    return f"{ARRAYS}/{array}/c/{shard}" if array == "input_ids" else f"{ARRAYS}/{array}/c/0/{shard}/0/0"
+    return f"{ARRAYS}/{array}/c/{shard}" if array in TOKEN_ARRAYS else f"{ARRAYS}/{array}/c/0/{shard}/0/0"
 
 
 def index_bytes(manifest: Manifest, array: str) -> int:
@@ -126,16 +142,17 @@ def create_arrays(path: Path, manifest: Manifest, calibration: Calibration) -> N
             config=_STORE_ZEROS,
             dimension_names=("layer",),
         )
-    zarr.open_group(path, mode="a").create_array(
-        "input_ids",
-        shape=(layout.num_tokens,),
-        chunks=(layout.chunk_tokens,),
-        shards=(layout.shard_tokens,),
-        dtype=np.int32,
-        fill_value=UNWRITTEN_TOKEN,
-        compressors=[ZstdCodec(level=1), Crc32cCodec()],
-        dimension_names=("token",),
-    )
+    for name in manifest.token_arrays:
+        zarr.open_group(path, mode="a").create_array(
+            name,
+            shape=(layout.num_tokens,),
+            chunks=(layout.chunk_tokens,),
+            shards=(layout.shard_tokens,),
+            dtype=TOKEN_ARRAYS[name].dtype,
+            fill_value=TOKEN_ARRAYS[name].fill,
+            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            dimension_names=("token",),
+        )
 
 
 def _group_attributes(manifest: Manifest, group: Group) -> dict[str, Any]:

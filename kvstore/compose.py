@@ -221,7 +221,8 @@ def _write_shard(
         for group in cut(part, lambda member: member[0].num_tokens):
             batch = store.read_codes([origin.index for origin, _ in group])
             for (_, offset), first, last in zip(group, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
-                writer.put_tokens(offset, batch.input_ids[first:last])
+                beside = {name: array[first:last] for name, array in batch.beside.items()}
+                writer.put_tokens(offset, batch.input_ids[first:last], beside)
             spans = [(offset, origin.num_tokens) for origin, offset in group]
             plan.convert(writer, store, batch, read(number, source), spans)
     writer.commit()

@@ -164,7 +164,8 @@ def _rewrite(
         batch = store.read_codes([indices[row.id] for row in rows], verify_objects=verify_objects)
         spans = [(row.token_start - start, row.num_tokens) for row in rows]
         for (offset, num_tokens), position in zip(spans, batch.cu_seqlens.tolist(), strict=False):
-            writer.put_tokens(offset, batch.input_ids[position : position + num_tokens])
+            span = slice(position, position + num_tokens)
+            writer.put_tokens(offset, batch.input_ids[span], {name: array[span] for name, array in batch.beside.items()})
         for group in manifest.groups:
             for kind in KINDS:
                 for slot, layer in enumerate(group.layers):

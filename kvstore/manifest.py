@@ -106,6 +106,8 @@ class Manifest:
     groups: tuple[Group, ...]
     alignment: dict[str, Any] | None
     """Record of `pipeline.align.Alignment`, None where no student was named."""
+    token_arrays: tuple[str, ...]
+    """Names of the arrays with one number a token: `input_ids` first, and those of `arrays.TOKEN_ARRAYS` this store has beside it."""
     calibration: str | None
     """sha256 over the mean and step arrays; None for raw."""
     metadata: dict[str, str]
@@ -182,6 +184,7 @@ class Manifest:
                 teacher=KVSpec.from_json(record["teacher"]),
                 layout=Layout(**record["layout"]),
                 groups=tuple(Group(**{**group, "layers": tuple(group["layers"])}) for group in record["groups"]),
+                token_arrays=tuple(record["token_arrays"]),
                 **{name: record[name] for name in _PLAIN_FIELDS},
             )
             fingerprints = cast(dict[str, str], record["fingerprints"])

@@ -18,10 +18,19 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Int32, Int64, Shaped
+from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
 
 from kvstore import codec as codecs
-from kvstore.arrays import array_key, array_keys, index_bytes, open_array, read_calibration, shard_key, unreachable
+from kvstore.arrays import (
+    TOKEN_ARRAYS,
+    array_key,
+    array_keys,
+    index_bytes,
+    open_array,
+    read_calibration,
+    shard_key,
+    unreachable,
+)
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
@@ -44,6 +53,8 @@ class KVBatch:
     input_ids: Int32[np.ndarray, "token"]
     cu_seqlens: Int64[np.ndarray, "boundary"]
     """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
+    beside: Mapping[str, UInt8[np.ndarray, "token"]]
+    """What else the store has of each token, by array name: `role` and `loss_mask` of conversations (FORMAT.md 3.12)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +66,8 @@ class CodeBatch:
     input_ids: Int32[np.ndarray, "token"]
     cu_seqlens: Int64[np.ndarray, "boundary"]
     """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
+    beside: Mapping[str, UInt8[np.ndarray, "token"]]
+    """What else the store has of each token, by array name: `role` and `loss_mask` of conversations (FORMAT.md 3.12)."""
 
 
 class Store:
@@ -146,6 +159,7 @@ class Store:
             value=self._assemble("value", wanted, batch.codes, len(batch.input_ids)),
             input_ids=batch.input_ids,
             cu_seqlens=batch.cu_seqlens,
+            beside=batch.beside,
         )
 
     def read_codes(
@@ -167,27 +181,28 @@ class Store:
                 self.verify_shard(shard)
         slots = self._slots(wanted)
         try:
-            codes, input_ids = self._fetch(indices, slots)
+            codes, tokens = self._fetch(indices, slots)
         except ValueError as error:
             raise self._explain(error, indices, slots) from error
         lengths = self.samples.num_tokens[np.array(indices, dtype=np.int64)]
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        input_ids = tokens.pop("input_ids")
         self._verify_tokens(indices, input_ids, cu_seqlens)
-        return CodeBatch(codes=codes, input_ids=input_ids, cu_seqlens=cu_seqlens)
+        return CodeBatch(codes=codes, input_ids=input_ids, cu_seqlens=cu_seqlens, beside=tokens)
 
     def _fetch(
         self, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]
-    ) -> tuple[dict[tuple[str, Kind], np.ndarray], Int32[np.ndarray, "token"]]:
-        """Codes by group and kind, and token ids; ValueError is all that tensorstore raises."""
+    ) -> tuple[dict[tuple[str, Kind], np.ndarray], dict[str, np.ndarray]]:
+        """Codes by group and kind, and the numbers of each token by array; ValueError is all that tensorstore raises."""
         spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
         pending = {
             (group.path, kind): self._request(array_key(group, group.array(kind)), spans, rows)
             for group, rows in slots
             for kind in KINDS
         }
-        tokens = self._request("input_ids", spans, None)
+        beside = {name: self._request(name, spans, None) for name in self.manifest.token_arrays}
         codes = {where: np.asarray(future.result()) for where, future in pending.items()}
-        return codes, np.asarray(tokens.result(), dtype=np.int32)
+        return codes, {name: np.asarray(future.result(), dtype=TOKEN_ARRAYS[name].dtype) for name, future in beside.items()}
 
     def _slots(self, layers: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """The groups that hold these layers, each with its slots in increasing order."""

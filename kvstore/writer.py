@@ -10,14 +10,15 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, UInt8
 
 from kvstore import codec as codecs
 from kvstore.arrays import (
-    UNWRITTEN_TOKEN,
+    TOKEN_ARRAYS,
     array_key,
     array_keys,
     chunk_bytes,
@@ -161,7 +162,9 @@ class ShardWriter:
             for group in manifest.groups
             for kind in KINDS
         }
-        self._input_ids = np.full(tokens, UNWRITTEN_TOKEN, dtype=np.int32)
+        self._tokens = {
+            name: np.full(tokens, TOKEN_ARRAYS[name].fill, dtype=TOKEN_ARRAYS[name].dtype) for name in manifest.token_arrays
+        }
         self._errors: dict[tuple[int, Kind], _ErrorSums] = {
             (layer, kind): _ErrorSums() for layer in manifest.spec.layer_numbers for kind in KINDS
         }
@@ -195,10 +198,29 @@ class ShardWriter:
             self._place(group, kind, slot, spans, codes)
             self._measure(layer, kind, values, codes, mean, step, inherited[kind] if inherited else _EXACT)
 
-    def put_tokens(self, offset: int, input_ids: Int32[np.ndarray, "token"]) -> None:
-        """Token ids of one sample at a token offset inside the shard."""
-        self._input_ids[offset : offset + len(input_ids)] = input_ids
-        self._used_tokens = max(self._used_tokens, offset + len(input_ids))
+    def put_tokens(
+        self,
+        offset: int,
+        input_ids: Int32[np.ndarray, "token"],
+        beside: Mapping[str, UInt8[np.ndarray, "token"]] = MappingProxyType({}),
+    ) -> None:
+        """Token ids of one sample at a token offset inside the shard.
+
+        Args:
+            beside: what else is known of each token, by array name; an array of the store that is not here gets its default.
+
+        Raises:
+            StoreFormatError: the store has no such array.
+        """
+        if strangers := beside.keys() - self._tokens.keys():
+            raise StoreFormatError(
+                f"{', '.join(sorted(strangers))}: the store at {self._storage.location} has no such arrays, only "
+                f"{', '.join(self._tokens)}; it was made from data without them. Choose a new store"
+            )
+        span = slice(offset, offset + len(input_ids))
+        for name, array in self._tokens.items():
+            array[span] = input_ids if name == "input_ids" else beside.get(name, TOKEN_ARRAYS[name].default)
+        self._used_tokens = max(self._used_tokens, span.stop)
 
     def put_codes(
         self, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], codes: codecs.Codes, fidelity: Mapping[str, float]
@@ -336,7 +358,7 @@ class ShardWriter:
         for group in self.manifest.groups:
             for kind in KINDS:
                 yield group, kind, array_key(group, group.array(kind)), self._codes[group.path, kind]
-        yield None, None, "input_ids", self._input_ids
+        yield from ((None, None, name, array) for name, array in self._tokens.items())
 
     def _stage_array(self, scratch: Path, array: str, codes: np.ndarray, used: int) -> Path:
         """Write one shard object through a copy of its array's metadata, so nothing half-written lies in the store."""

@@ -72,7 +72,7 @@ def _read_part(part: str, text_field: str, split: str) -> Iterator[Document]:
     path = Path(part).expanduser()
     if path.is_dir():
         yield from _documents(part, _dataset_folder_rows(path, split), text_field)
-    elif path.is_file():
+    elif path.is_file() or path.is_fifo():
         yield from _read_file(path, text_field)
     elif glob.has_magic(part):
         files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())

@@ -30,7 +30,7 @@ from pipeline.executors import Executor
 from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record
 from pipeline.models.resolve import ResolvedModel
-from pipeline.parts import Part, RunParts, first_part, run_of
+from pipeline.parts import Part, RunParts, first_part, run_of, token_arrays
 from pipeline.windows import Window
 from pipeline.worker import Job, Moments, TeacherInfo, merge_moments
 
@@ -95,6 +95,7 @@ def _create(run: Run, signal: Signal, executor: Executor, settings: dict[str, An
         groups=signal.groups,
         alignment=signal.alignment.to_json() if signal.alignment else None,
         calibration=digest,
+        token_arrays=token_arrays(run.first),
         metadata={},
         tokenizer={},
         signal={**signal.record, "calibration": digest},

@@ -25,6 +25,7 @@ from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.storage import STAGING, Folder, Storage, locate
 from pipeline.align import Alignment, default_student_layers
+from pipeline.chat import template_fingerprint
 from pipeline.config import ExtractConfig
 from pipeline.documents import Document, read_documents, shuffled, subsampled
 from pipeline.enter import Run, Say, Signal, enter, gate_after
@@ -150,6 +151,8 @@ def _signal(run: Run, info: TeacherInfo) -> Signal:
     """What this teacher and these settings store."""
     refuse_tokens(run.first, info.num_embeddings)
     alignment, stored = _stored(run, info)
+    is_chat = any(sample.role is not None for sample in run.first.samples)
+    template = template_fingerprint(run.tokenizer) if is_chat else None
     codecs = parse_codecs(run.config.codec, stored.layer_numbers)
     return Signal(
         info=info,
@@ -157,7 +160,7 @@ def _signal(run: Run, info: TeacherInfo) -> Signal:
         stored=stored,
         codecs=codecs,
         groups=plan_groups(stored, codecs),
-        record=signal_record(run.resolved, run.tokenizer, info, stored, alignment, codecs),
+        record=signal_record(run.resolved, run.tokenizer, info, stored, alignment, codecs, template),
         job=Job(
             store=run.storage.location,
             layers=stored.layer_numbers,
@@ -196,20 +199,22 @@ def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
 
 
 def _announce(run: Run, signal: Signal) -> None:
+    """Say what will be written before anything is."""
     config, first = run.config, run.first
     tokens = first.num_tokens if first.last else _tokens_expected(config)
-    size = estimate_bytes(signal.stored, signal.codecs, tokens or 1_000_000)
-    what = f"{len(first.samples):,} samples, {tokens:,} tokens" if first.last else f"at most {tokens:,} tokens"
-    about = f"about {size / 1e9:.3g} GB"
+    size = estimate_bytes(signal.stored, signal.codecs, tokens or 1_000_000) / 1e9
     if tokens is None:
-        what, about = "data of unknown size", f"about {size / 1e9:.3g} GB per million tokens"
+        what, about = "data of a size not known yet", f"about {size:.3g} GB for every million tokens"
+    elif first.last:
+        what, about = f"{len(first.samples):,} samples, {tokens:,} tokens", f"about {size:.3g} GB"
+    else:
+        what, about = f"up to {tokens:,} tokens", f"up to about {size:.3g} GB"
     free = ""
     if isinstance(run.storage, Folder):
         free = f" ({shutil.disk_usage(existing_folder(run.storage.root)).free / 1e9:.0f} GB free)"
     run.say(
-        f"{config.teacher}: {what}, {len(signal.stored.layers)} layers "
-        f"({format_layers(signal.stored.layer_numbers)}), codec {format_codecs(signal.codecs)}: {about} into "
-        f"{run.storage.location}{free}"
+        f"{config.teacher}: {what}, {len(signal.stored.layers)} layers ({format_layers(signal.stored.layer_numbers)}), codec "
+        f"{format_codecs(signal.codecs)}: {about} into {run.storage.location}{free}"
     )
     if config.max_tokens and (not first.last or first.num_tokens > 0.99 * config.max_tokens):
         run.say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")

@@ -32,14 +32,20 @@ def signal_record(
     stored: KVSpec,
     alignment: Alignment | None,
     codecs: Mapping[int, Codec],
+    template: str | None,
 ) -> dict[str, Any]:
-    """Everything that shapes the numbers, but the calibration."""
+    """Everything that shapes the numbers, but the calibration.
+
+    Args:
+        template: fingerprint of the chat template, None where the data is plain text.
+    """
     signal = {
         "capture_version": CAPTURE_VERSION,
         "transformers": transformers.__version__.split(".")[0],
         "weights": weights_fingerprint(resolved.path),
         "config": config_fingerprint(resolved.path),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": template,
         "dtype": info.spec.dtype,
         "attn_implementation": info.attn_implementation,
         "layers": format_layers(stored.layer_numbers),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvstore import FingerprintMismatchError, Store
+from kvstore.arrays import TOKEN_ARRAYS
 from kvstore.drop import dropped_shards
 from kvstore.layout import Layout, plan_layout
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
@@ -64,6 +65,12 @@ def run_of(settings: Mapping[str, Any], first: int, window: Window) -> dict[str,
     """The record of a run in the manifest, when its first window is entered."""
     run = {"first_part": first, "complete": window.last, "settings": dict(settings)}
     return {**run, "windows": [dataclasses.asdict(window.consumed)]}
+
+
+def token_arrays(window: Window) -> tuple[str, ...]:
+    """The arrays of one number a token that a store of this data has, in their fixed order."""
+    known = {name for sample in window.samples for name in sample.beside}
+    return ("input_ids", *(name for name in TOKEN_ARRAYS if name in known))
 
 
 class RunParts:
@@ -209,6 +216,12 @@ class RunParts:
 
     def _plan(self, manifest: Manifest, window: Window, first_shard: int) -> tuple[list[Sample], tuple[Task, ...]]:
         """What a window adds, and its tasks without samples that were dropped since: their rows stay free."""
+        if missing := [name for name in token_arrays(window) if name not in manifest.token_arrays]:
+            raise ValueError(
+                f"--data: got conversations or overlapping samples, which need the arrays {', '.join(missing)}; the store at "
+                f"{self._storage.location} was made from data without them and has {', '.join(manifest.token_arrays)}. Put such documents "
+                "first, or extract them into a store of their own"
+            )
         fresh = [sample for sample in window.samples if sample.id not in self._known]
         self._known.update(sample.id for sample in fresh)
         dropped = dropped_shards(self._storage)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt8
 
 from kvstore import manifest
 from kvstore.codec import Codec
@@ -32,6 +32,8 @@ class TaskSample:
     offset: int
     """First token inside the shard."""
     input_ids: Int32[np.ndarray, "token"]
+    beside: Mapping[str, UInt8[np.ndarray, "token"]]
+    """What else is stored of each token, by array name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,7 @@ def plan_tasks(samples: Sequence[Sample], layout: Layout, first_shard: int = 0) 
                     row=_row(samples[index], shard, shard * layout.shard_tokens + offset),
                     offset=offset,
                     input_ids=samples[index].input_ids,
+                    beside=samples[index].beside,
                 )
                 for index, offset in placed
             ),

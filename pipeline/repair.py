@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from kvstore import KVStoreError, Store
-from kvstore.arrays import open_array, unreachable
+from kvstore.arrays import open_array, shard_key, unreachable
 from kvstore.commits import Commit, SampleRow, commit_key, read_commit, sample_id
 from kvstore.drop import read_dropped
 from kvstore.lease import EVERYTHING, lease
 from kvstore.manifest import SAMPLES, refuse_mismatch
+from kvstore.records import bytes_sha256
 from kvstore.samples import compact
 from kvstore.storage import Storage, locate
 from kvstore.verify import Progress, Report, verify_store
@@ -140,7 +141,9 @@ def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[s
         manifest = store.manifest
         alignment = None if manifest.alignment is None else Alignment.from_json(manifest.alignment)
         codecs = {layer: manifest.codec_of(layer) for layer in manifest.spec.layer_numbers}
-        wanted = signal_record(resolved, tokenizer, executor.describe(), manifest.spec, alignment, codecs)
+        wanted = signal_record(
+            resolved, tokenizer, executor.describe(), manifest.spec, alignment, codecs, manifest.signal["template"]
+        )
         stored = {name: value for name, value in manifest.signal.items() if name != "calibration"}
         refuse_mismatch(storage.location, stored=stored, wanted=wanted, what="the signal")
         job = Job(
@@ -164,14 +167,43 @@ def _tasks_of(store: Store, commits: Iterable[Commit], tokenizer: Any) -> tuple[
     for commit in commits:
         start = commit.shard * store.manifest.layout.shard_tokens
         found = [(row, _tokens_of(store, row, tokenizer)) for row in commit.samples if row.id not in dropped]
-        if any(tokens is None for _, tokens in found):
+        beside = _beside_of(store, commit)
+        if beside is None or any(tokens is None for _, tokens in found):
             lost.append(commit.shard)
             continue
         samples = tuple(
-            TaskSample(row=row, offset=row.token_start - start, input_ids=tokens) for row, tokens in found if tokens is not None
+            TaskSample(
+                row=row,
+                offset=row.token_start - start,
+                input_ids=tokens,
+                beside={name: rows[row.token_start - start :][: row.num_tokens] for name, rows in beside.items()},
+            )
+            for row, tokens in found
+            if tokens is not None
         )
         tasks.append(Task(shard=commit.shard, samples=samples))
     return tasks, lost
+
+
+def _beside_of(store: Store, commit: Commit) -> dict[str, np.ndarray] | None:
+    """What else the store has of each row of a shard, None where it is damaged: no id proves it, only the object's own hash."""
+    found = {}
+    stored = {entry.path: entry.sha256 for entry in commit.objects}
+    for name in store.manifest.token_arrays[1:]:
+        key = shard_key(name, commit.shard)
+        try:
+            if bytes_sha256(store.storage.read(key)) != stored.get(key):
+                return None
+        except FileNotFoundError:
+            return None
+        shard_tokens = store.manifest.layout.shard_tokens
+        rows = np.zeros(shard_tokens, dtype=np.uint8)
+        array = open_array(store.storage, store.manifest, name)
+        for row in commit.samples:
+            start = row.token_start - commit.shard * shard_tokens
+            rows[start : start + row.num_tokens] = array[row.token_start : row.token_start + row.num_tokens].read().result()
+        found[name] = rows
+    return found
 
 
 def _tokens_of(store: Store, row: SampleRow, tokenizer: Any) -> np.ndarray | None:
@@ -186,9 +218,11 @@ def _tokens_of(store: Store, row: SampleRow, tokenizer: Any) -> np.ndarray | Non
         if isinstance(error, ValueError) and unreachable(error):
             raise OSError(f"{store.location}: {error}; see to the connection and try again") from error
     if row.text is not None:
-        tokens = np.array(tokenizer(row.text, verbose=False)["input_ids"], dtype=np.int32)
-        if sample_id(tokens) == row.id:
-            return tokens
+        for special in (True, False):  # a chat template writes the special tokens itself
+            encoded = tokenizer(row.text, add_special_tokens=special, verbose=False)
+            tokens = np.array(encoded["input_ids"], dtype=np.int32)
+            if sample_id(tokens) == row.id:
+                return tokens
     return None
 
 

@@ -37,6 +37,12 @@ class Sample:
     loss_mask: UInt8[np.ndarray, "token"] | None = None
     """1 for tokens to learn from; None where that is all of them."""
 
+    @property
+    def beside(self) -> dict[str, UInt8[np.ndarray, "token"]]:
+        """What is known of each token beside its id, by the name of the array that holds it."""
+        known = {"role": self.role, "loss_mask": self.loss_mask}
+        return {name: array for name, array in known.items() if array is not None}
+
     def again(self, other: Sample) -> Sample:
         """This sample, counted once more as another with the same tokens; what either is to be learnt from is."""
         mask = self.loss_mask if other.loss_mask is None or self.loss_mask is None else self.loss_mask | other.loss_mask

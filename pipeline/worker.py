@@ -143,7 +143,7 @@ class Worker:
         else:
             self._compute(job, task, writer.put)
         for sample in task.samples:
-            writer.put_tokens(sample.offset, sample.input_ids)
+            writer.put_tokens(sample.offset, sample.input_ids, sample.beside)
         computed = time.perf_counter()
         commit = writer.commit(replace=replace)
         return TaskResult(

@@ -89,6 +89,7 @@ def begin_store(
     tokenizer: Path | None = None,
     teacher: KVSpec | None = None,
     calibration: Calibration | None = None,
+    token_arrays: tuple[str, ...] = ("input_ids",),
 ) -> tuple[Manifest, Calibration, list[list[int]]]:
     """Create the empty store; returns its manifest, calibration and the samples of each shard."""
     lengths = [len(ids) for ids in source.input_ids]
@@ -107,6 +108,7 @@ def begin_store(
         metadata={},
         tokenizer={},
         data={"samples": [sample_id(ids) for ids in source.input_ids]},
+        token_arrays=token_arrays,
         runs=[],
         created="2026-01-01T00:00:00+00:00",
         kvpipe_version="0.1.0",

@@ -118,7 +118,9 @@ def test_globs_reach_subfolders(tmp_path: Path) -> None:
         pytest.param(lambda path: _write(path / "x.jsonl.zst", b"nonsense"), "not complete JSON lines", id="not-zstd"),
         pytest.param(lambda path: _write(path / "x.parquet", b"PAR1"), "not readable parquet", id="cut-parquet"),
         pytest.param(
-            lambda path: _write(path / "x.jsonl", b'{"body": "a"}\n'), r"neither a text nor a list of messages in 'text'; its fields are body", id="field"
+            lambda path: _write(path / "x.jsonl", b'{"body": "a"}\n'),
+            r"neither a text nor a list of messages in 'text'; its fields are body",
+            id="field",
         ),
     ],
 )
