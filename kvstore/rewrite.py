@@ -93,7 +93,8 @@ def recode_store(source: str, codec_text: str, out: str, progress: Progress = la
     wanted_shards, committed = store.manifest.layout.num_shards, len(store.samples.summary)
     if committed < wanted_shards or store.manifest.is_growing:
         raise KVStoreError(
-            f"recode: {store.location} has {committed} of {wanted_shards} shards; finish it first with the command that began it"
+            f"recode: {store.location} has {committed} of {wanted_shards} shards{_growing(store)}; finish it first with the command that "
+            "began it"
         )
     chosen = codecs.parse_codecs(codec_text, store.spec.layer_numbers)
     _refuse_codec(store, chosen)
@@ -120,6 +121,10 @@ def recode_store(source: str, codec_text: str, out: str, progress: Progress = la
         f"kvpipe recode {source}",
         progress,
     )
+
+
+def _growing(store: Store) -> str:
+    return " and its extraction has not planned all of its data" if store.manifest.is_growing else ""
 
 
 def _refuse_other_signal(first: Store, other: Store) -> None:

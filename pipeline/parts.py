@@ -257,6 +257,7 @@ def _refuse_other_data(store: Store, record: Mapping[str, Any], wanted: Mapping[
 def _refuse_unfinished(store: Store) -> None:
     planned, committed = store.manifest.layout.num_shards, len(store.samples.summary)
     if committed < planned or store.manifest.is_growing:
+        growing = ", and not all of its data is planned" if store.manifest.is_growing else ""
         raise ValueError(
-            f"--append: {store.location} has {committed} of {planned} shards; finish it first with the command that began it"
+            f"--append: {store.location} has {committed} of {planned} shards{growing}; finish it first with the command that began it"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -127,6 +128,7 @@ def write_shard(
     documents: Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     counts: Sequence[int] | None = None,
+    beside: Mapping[int, Mapping[str, np.ndarray]] = MappingProxyType({}),
 ) -> None:
     offset, rows = 0, []
     for index in indices:
@@ -147,7 +149,7 @@ def write_shard(
     writer = ShardWriter(locate(root), manifest, calibration, shard, rows)
     for row, index in zip(rows, indices, strict=True):
         offset = row.token_start - shard * manifest.layout.shard_tokens
-        writer.put_tokens(offset, source.input_ids[index])
+        writer.put_tokens(offset, source.input_ids[index], beside.get(index, {}))
         for layer, (key, value) in source.kv[index].items():
             writer.put(layer, [(offset, row.num_tokens)], key, value)
     writer.commit()

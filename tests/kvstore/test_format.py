@@ -33,6 +33,8 @@ from kvstore import (
     open_store,
 )
 from kvstore.codec import CODECS
+from kvstore.commits import sample_id
+from kvstore.describe import describe
 from kvstore.drop import drop_samples
 from kvstore.gate import read_gate, write_gate
 from kvstore.lease import EVERYTHING, lease
@@ -187,7 +189,7 @@ def test_the_manifest_has_its_fields_and_a_missing_one_is_named(store_path: Path
         "data",
         "fingerprints",
         "created",
-    } | {"metadata", "tokenizer", "runs"}
+    } | {"metadata", "tokenizer", "runs", "token_arrays"}
     assert set(manifest_of(store_path)) == fields | {"kvpipe_version", "schema_version", "sha256"}
     reseal(store_path / "manifest.json", layout={"chunk_tokens": 64})
     with pytest.raises(StoreFormatError, match="shard_tokens"):
@@ -791,7 +793,7 @@ def merged(source: Source, written: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @rule("10.1", "10.6")
-def test_the_data_is_a_list_of_parts_and_runs_say_where_they_are_from(merged: Path) -> None:
+def test_the_data_is_a_list_of_parts_and_runs_say_where_they_are_from(merged: Path, tmp_path: Path) -> None:
     store = open_store(merged)
     (part,) = store.manifest.data["parts"]
     lines = "".join(f"{identity} 2\n" for identity in sorted(store.samples.ids))
@@ -804,6 +806,13 @@ def test_the_data_is_a_list_of_parts_and_runs_say_where_they_are_from(merged: Pa
         "num_shards": store.manifest.layout.num_shards,
     }
     (run,) = store.manifest.runs
+    assert (run["first_part"], run["complete"], store.manifest.is_growing) == (0, True, False)
+    growing = Path(shutil.copytree(merged, tmp_path / "store"))
+    reseal(growing / "manifest.json", runs=[{**run, "complete": False}])
+    assert open_store(growing).manifest.is_growing
+    assert describe(open_store(growing))["complete"] is False
+    with pytest.raises(KVStoreError, match="and its extraction has not planned all of its data; finish it first"):
+        recode_store(str(growing), "q4z", str(tmp_path / "recoded"))
     assert [found["fingerprint"] for found in run["merged_from"]] == [
         open_store(merged.parent / name).manifest.fingerprint for name in ("one", "two")
     ]
@@ -826,6 +835,31 @@ def _grown(path: Path, source: Source) -> Source:
     extend_store(storage, manifest)
     write_shard(path, fresh, manifest, open_store(path).calibration, planned, [0, 1])
     return fresh
+
+
+@rule("3.12")
+def test_a_store_may_say_more_of_each_token(source: Source, tmp_path: Path) -> None:
+    arrays = ("input_ids", "role", "loss_mask")
+    manifest, calibration, tasks = begin_store(tmp_path, source, token_arrays=arrays)
+    role, mask = (np.arange(len(source.input_ids[0])) % 5).astype(np.uint8), np.zeros(len(source.input_ids[0]), dtype=np.uint8)
+    write_shard(tmp_path, source, manifest, calibration, 0, tasks[0], beside={0: {"role": role, "loss_mask": mask}})
+    group = zarr.open_group(str(tmp_path / "kv.zarr"), mode="r")
+    assert manifest_of(tmp_path)["token_arrays"] == list(arrays)
+    assert [(group[name].dtype.name, group[name].fill_value) for name in arrays] == [("int32", -1), ("uint8", 0), ("uint8", 0)]
+    assert all(group[name].metadata.dimension_names == ("token",) for name in arrays)
+    store = open_store(tmp_path)
+    first = store.samples.ids.index(sample_id(source.input_ids[0]))
+    batch = store.read([first], layers=())
+    np.testing.assert_array_equal(batch.beside["role"], role)
+    np.testing.assert_array_equal(batch.beside["loss_mask"], mask)
+    # Of the other samples nothing was said: they are all to be learnt from.
+    assert len(store) > 1
+    rest = store.read([index for index in range(len(store)) if index != first], layers=()).beside
+    assert (set(rest["role"]), set(rest["loss_mask"])) == ({0}, {1})
+    with pytest.raises(StoreFormatError, match=r"role: the store at .* has no such arrays, only input_ids"):
+        write_shard(
+            tmp_path / "plain", source, *begin_store(tmp_path / "plain", source)[:2], 0, tasks[0], beside={0: {"role": role}}
+        )
 
 
 @rule("10.2", "10.3")
