@@ -89,6 +89,8 @@ def cli() -> None:
 @click.option("--limit", type=int, help="Most samples to store.")
 @click.option("--max-tokens", type=int, help="Most tokens to store; 0 for no limit [presets: 1,000,000].")
 @click.option("--max-bytes", type=int, help="Begin no shard that could take the store beyond this.")
+@click.option("--sample-tokens", type=int, help="Store about so many tokens in documents drawn at random from all of the data.")
+@click.option("--overlap", type=int, help="Tokens a later sample of a long document repeats as context [0].")
 @click.option(
     "--accept-fidelity", is_flag=True, default=None, help="Store even if the codec changes the teacher's predictions."
 )
