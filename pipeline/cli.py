@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from pipeline import store_commands
-from pipeline.terminal import growth_lines, say
+from pipeline.terminal import growth_lines, report_lines, say
 from pipeline.terminal import print_record as _print_record
 
 _CONFIG_OPTIONS = (
@@ -167,7 +167,6 @@ def verify(store: str, deep: bool, as_json: bool) -> None:
     Fast: the seal of every record, size and sha256 of every object, tables against commits. Changes nothing.
     """
     from kvstore.verify import verify_store
-    from pipeline.repair import report_lines
 
     with _bytes_bar("verify") as progress:
         report = verify_store(store, deep=deep, progress=progress)
@@ -188,7 +187,7 @@ def repair(store: str, deep: bool, as_json: bool, **settings: Any) -> None:
 
     Runs the teacher the store was made with, and refuses another. Exit status 1 when something stays wrong.
     """
-    from pipeline.repair import repair_store, report_lines
+    from pipeline.repair import repair_store
 
     chosen = {name: value for name, value in settings.items() if value not in (None, ())}
     with _bytes_bar("verify") as progress:

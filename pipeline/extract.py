@@ -247,14 +247,14 @@ def _run_tasks(
                     bar.update(result.num_tokens)
                 used = _folder_bytes(run.storage)
                 more = flow.is_stopped and len(results) > before
-            if flow.is_stopped:
-                run.say(
-                    f"stopped before --max-bytes {max_bytes:,}: {used:,} bytes are stored, and the next shard could pass the limit; what is "
-                    "committed can be used, and the same command with a larger limit goes on"
-                )
-            with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
-                compact(run.storage)
-                gate_after(run, signal, executor)
+        if flow.is_stopped:
+            run.say(
+                f"stopped before --max-bytes {max_bytes:,}: {used:,} bytes are stored, and the next shard could pass the limit; what is "
+                "committed can be used, and the same command with a larger limit goes on"
+            )
+        with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
+            compact(run.storage)
+            gate_after(run, signal, executor)
     return results, time.perf_counter() - started
 
 

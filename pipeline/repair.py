@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -251,22 +250,3 @@ def _configs_of(storage: Storage, shards: Iterable[int], settings: dict[str, Any
     return list(
         {config.model_dump_json(): config for config in (_recorded_config(store, s, settings) for s in shards)}.values()
     )
-
-
-def report_lines(report: Report) -> list[str]:
-    """What a person wants to know of a verification."""
-    depth = "deep" if report.deep else "fast"
-    lines = [
-        f"{report.location}: {'INTACT' if report.ok else 'DAMAGED'} ({depth}: {report.num_committed} of {report.num_shards} shards, "
-        f"{report.num_samples:,} samples, {report.num_bytes / 1e6:,.1f} MB read)"
-    ]
-    lines += [f"  {problem.part:9} {problem.message}" for problem in report.problems]
-    if report.num_committed < report.num_shards and report.ok:
-        lines.append(
-            f"  {report.num_shards - report.num_committed} shards are not committed yet: the same extract command goes on"
-        )
-    lines += [f"  in use by  {writer}" for writer in report.writers]
-    if report.orphans:
-        size = f"{len(report.orphans)} leftover files of killed writers, such as {Path(report.orphans[0])}"
-        lines.append(f"  {size}; harmless, 'kvpipe repair' removes them")
-    return lines

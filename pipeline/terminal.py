@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from kvstore.verify import Report
 
 
 def say(text: str) -> None:
@@ -63,4 +66,23 @@ def growth_lines(record: dict[str, Any]) -> dict[str, str]:
             f"KL {result['kl']:.2g} nats per token, perplexity {100 * result['perplexity_change']:+.2f} %, top-1 agreement "
             f"{result['top1_agreement']:.3f}: {'passed' if result['passed'] else 'NOT passed'} (limit {result['limit']:g})"
         )
+    return lines
+
+
+def report_lines(report: Report) -> list[str]:
+    """What a person wants to know of a verification."""
+    depth = "deep" if report.deep else "fast"
+    lines = [
+        f"{report.location}: {'INTACT' if report.ok else 'DAMAGED'} ({depth}: {report.num_committed} of {report.num_shards} shards, "
+        f"{report.num_samples:,} samples, {report.num_bytes / 1e6:,.1f} MB read)"
+    ]
+    lines += [f"  {problem.part:9} {problem.message}" for problem in report.problems]
+    if report.num_committed < report.num_shards and report.ok:
+        lines.append(
+            f"  {report.num_shards - report.num_committed} shards are not committed yet: the same extract command goes on"
+        )
+    lines += [f"  in use by  {writer}" for writer in report.writers]
+    if report.orphans:
+        size = f"{len(report.orphans)} leftover files of killed writers, such as {report.orphans[0]}"
+        lines.append(f"  {size}; harmless, 'kvpipe repair' removes them")
     return lines

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +29,9 @@ from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
 from pipeline.plan import padded_length, plan_batches
 from pipeline.worker import TeacherSource
+from tests import processes
 from tests.checkpoints import save_checkpoint
+from tests.processes import Process
 
 STDLIB = Path(json.__file__).parent
 BATCH_TOKENS = 1024
@@ -39,11 +39,11 @@ BATCH_TOKENS = 1024
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 30,000 characters of real text in documents of uneven length."""
+    """About 10,000 characters of real text in documents of uneven length."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     source = "".join(file.read_text() for file in sorted(STDLIB.glob("*.py")))
     cuts = itertools.accumulate(itertools.cycle([700, 90, 333, 1500, 64, 5]))
-    starts = [0, *itertools.takewhile(lambda cut: cut < 30_000, cuts)]
+    starts = [0, *itertools.takewhile(lambda cut: cut < 10_000, cuts)]
     texts = [source[first:last] for first, last in itertools.pairwise(starts)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
@@ -64,11 +64,47 @@ def run(teacher: Path, corpus: Path, out: Path, **settings: Any) -> ExtractSumma
     return extract(config, resolve_model(config.teacher), say=lambda _: None)
 
 
-def command(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "pipeline.cli", "extract", "--teacher", str(teacher), "--data", str(corpus), "--out", str(out)),
+def start(teacher: Path, corpus: Path, out: Path, *more: str) -> Process:
+    """The same in a process of its own."""
+    return processes.start(
+        *("extract", "--teacher", teacher, "--data", corpus, "--out", out),
         *("--seq-len", "200", "--batch-tokens", str(BATCH_TOKENS), "--accept-fidelity", *more),
-    ]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of the corpus; tests leave it as it is."""
+    path = tmp_path_factory.mktemp("whole") / "store"
+    run(teacher, corpus, path)
+    return path
+
+
+FEW = 20
+
+
+@pytest.fixture(scope="module")
+def few_summary(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractSummary:
+    return run(teacher, corpus, tmp_path_factory.mktemp("few") / "store", limit=FEW)
+
+
+@pytest.fixture(scope="module")
+def few(few_summary: ExtractSummary) -> Path:
+    """The store of the corpus's first samples; tests leave it as it is."""
+    return Path(few_summary.out)
+
+
+@pytest.fixture(scope="module")
+def few_raw(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same samples with codec raw."""
+    path = tmp_path_factory.mktemp("few-raw") / "store"
+    run(teacher, corpus, path, codec="raw", limit=FEW)
+    return path
+
+
+def copied(store: Path, to: Path) -> Path:
+    """A store that a test may change."""
+    return Path(shutil.copytree(store, to))
 
 
 def by_id(store: Store) -> dict[str, tuple[bytes, bytes, bytes]]:
@@ -99,7 +135,7 @@ def test_a_raw_store_holds_what_the_teacher_produces_when_run_again(
     model_type: str, key_module: str | None, dtype: str, corpus: Path, tmp_path: Path
 ) -> None:
     teacher = save_checkpoint(tmp_path / "teacher", model_type, dtype=getattr(torch, dtype))
-    run(teacher, corpus, tmp_path / "store", codec="raw", limit=40)
+    run(teacher, corpus, tmp_path / "store", codec="raw", limit=16)
     store = open_store(tmp_path / "store")
     assert store.spec.dtype == dtype
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, dtype)).eval()
@@ -135,10 +171,8 @@ def test_a_raw_store_holds_what_the_teacher_produces_when_run_again(
     assert compared == 4 * len(store)
 
 
-def test_decoded_values_stay_within_the_fidelity_that_was_recorded(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    run(teacher, corpus, tmp_path / "raw", codec="raw")
-    run(teacher, corpus, tmp_path / "mix", codec="mix")
-    raw, mix = open_store(tmp_path / "raw"), open_store(tmp_path / "mix")
+def test_decoded_values_stay_within_the_fidelity_that_was_recorded(few: Path, few_raw: Path) -> None:
+    raw, mix = open_store(few_raw), open_store(few)
     assert raw.samples.ids == mix.samples.ids
     exact, decoded = raw.read(range(len(raw))), mix.read(range(len(mix)))
     recorded = mix.samples.fidelity()
@@ -149,34 +183,33 @@ def test_decoded_values_stay_within_the_fidelity_that_was_recorded(teacher: Path
             assert recorded[str(layer)][kind]["centred_error"] < (0.09 if kind == "key" else 0.18)
 
 
-def test_an_extraction_killed_half_way_resumes_to_the_same_bits(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    run(teacher, corpus, tmp_path / "whole")
-    whole = open_store(tmp_path / "whole")
-    planned = whole.manifest.layout.num_shards
-    process = subprocess.Popen(command(teacher, corpus, tmp_path / "cut"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _wait_for(lambda: len(list((tmp_path / "cut" / "commits").glob("*.json"))) >= planned // 3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_an_extraction_killed_half_way_resumes_to_the_same_bits(
+    teacher: Path, corpus: Path, whole: Path, tmp_path: Path
+) -> None:
+    planned = open_store(whole).manifest.layout.num_shards
+    with start(teacher, corpus, tmp_path / "cut") as process:
+        _wait_for(lambda: len(list((tmp_path / "cut" / "commits").glob("*.json"))) >= planned // 4)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     committed = len(list((tmp_path / "cut" / "commits").glob("*.json")))
     assert 0 < committed < planned
     partial = by_id(open_store(tmp_path / "cut"))
     summary = run(teacher, corpus, tmp_path / "cut")
     assert summary.new_shards == planned - committed
-    resumed, expected = by_id(open_store(tmp_path / "cut")), by_id(whole)
+    resumed, expected = by_id(open_store(tmp_path / "cut")), by_id(open_store(whole))
     assert resumed == expected
     assert partial.items() <= expected.items()
     assert run(teacher, corpus, tmp_path / "cut").new_shards == 0
 
 
-def test_killed_before_its_manifest_an_extraction_starts_afresh(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    run(teacher, corpus, tmp_path / "store", limit=20)
-    expected = by_id(open_store(tmp_path / "store"))
-    (tmp_path / "store" / "manifest.json").unlink()
+def test_killed_before_its_manifest_an_extraction_starts_afresh(teacher: Path, corpus: Path, few: Path, tmp_path: Path) -> None:
+    store = copied(few, tmp_path / "store")
+    (store / "manifest.json").unlink()
     for folder in ("commits", "samples"):
-        shutil.rmtree(tmp_path / "store" / folder)
-    (tmp_path / "store" / ".staging" / "creating").touch()
-    run(teacher, corpus, tmp_path / "store", limit=20)
-    assert by_id(open_store(tmp_path / "store")) == expected
+        shutil.rmtree(store / folder)
+    (store / ".staging" / "creating").touch()
+    run(teacher, corpus, store, limit=FEW)
+    assert by_id(open_store(store)) == by_id(open_store(few))
 
 
 @pytest.mark.parametrize(
@@ -191,36 +224,33 @@ def test_killed_before_its_manifest_an_extraction_starts_afresh(teacher: Path, c
     ],
 )
 def test_other_settings_are_refused_with_the_fields_named(
-    change: dict[str, Any], fields: list[str], teacher: Path, corpus: Path, tmp_path: Path
+    change: dict[str, Any], fields: list[str], teacher: Path, corpus: Path, few: Path, tmp_path: Path
 ) -> None:
-    run(teacher, corpus, tmp_path / "store", limit=20)
-    before = committed_files(tmp_path / "store")
+    before = committed_files(few)
     if "student" in change:
         change = {"student": str(save_checkpoint(tmp_path / "student", "qwen2", num_key_value_heads=1, num_hidden_layers=2))}
     with pytest.raises(FingerprintMismatchError, match=r"Nothing was written") as refused:
-        run(teacher, corpus, tmp_path / "store", **{"limit": 20, **change})
+        run(teacher, corpus, few, **{"limit": FEW, **change})
     for field in fields:
         assert refused.match(field)
-    assert committed_files(tmp_path / "store") == before
+    assert committed_files(few) == before
 
 
-def test_another_teacher_of_the_same_name_and_shape_is_refused(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    run(teacher, corpus, tmp_path / "store", limit=10)
+def test_another_teacher_of_the_same_name_and_shape_is_refused(corpus: Path, few: Path, tmp_path: Path) -> None:
     other = save_checkpoint(tmp_path / "qwen2", "qwen2", seed=1)
     with pytest.raises(FingerprintMismatchError, match=r"1 field\(s\):\n  weights: got"):
-        run(other, corpus, tmp_path / "store", limit=10)
+        run(other, corpus, few, limit=FEW)
 
 
-def test_a_baked_store_holds_the_aligned_keys_and_values(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_baked_store_holds_the_aligned_keys_and_values(teacher: Path, corpus: Path, few_raw: Path, tmp_path: Path) -> None:
     student = save_checkpoint(tmp_path / "student", "qwen2", num_key_value_heads=1, num_hidden_layers=3)
-    run(teacher, corpus, tmp_path / "raw", codec="raw", limit=12)
-    run(teacher, corpus, tmp_path / "baked", codec="raw", limit=12, student=str(student))
-    raw, baked = open_store(tmp_path / "raw"), open_store(tmp_path / "baked")
+    run(teacher, corpus, tmp_path / "baked", codec="raw", limit=FEW, student=str(student))
+    raw, baked = open_store(few_raw), open_store(tmp_path / "baked")
     assert baked.spec.layer_numbers == (1, 2, 3)
     assert {layer.geometry for layer in baked.spec.layers} == {(1, 16, 16)}
     alignment = Alignment.from_json(baked.manifest.alignment or {})
     assert alignment.layer_map == ((0, 1), (1, 2), (2, 3))
-    exact, stored = raw.read(range(12)), baked.read(range(12))
+    exact, stored = raw.read(range(FEW)), baked.read(range(FEW))
     for slot, layer in enumerate(baked.spec.layer_numbers):
         key, value = alignment.project(layer, torch.from_numpy(exact.key[layer]), torch.from_numpy(exact.value[layer]))
         np.testing.assert_allclose(stored.key[slot], key.numpy(), rtol=1e-6, atol=1e-6)
@@ -275,7 +305,7 @@ def test_a_folder_of_other_files_is_not_written_into(teacher: Path, corpus: Path
 @pytest.fixture
 def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing long may happen: no tokenising, no teacher."""
-    for name in ("load_tokenizer", "make_samples", "make_executor"):
+    for name in ("load_tokenizer", "read_documents", "make_executor"):
         monkeypatch.setattr(f"pipeline.extract.{name}", lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
 
 
@@ -314,11 +344,10 @@ def leave_staging(store: Path) -> tuple[list[Path], list[Path]]:
     return [scratch[0].parents[2], scratch[1].parent, *old], young
 
 
-def test_a_complete_run_removes_what_killed_writers_left(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    whole = run(teacher, corpus, store, limit=20)
+def test_a_complete_run_removes_what_killed_writers_left(teacher: Path, corpus: Path, few: Path, tmp_path: Path) -> None:
+    store = copied(few, tmp_path / "store")
     gone, kept = leave_staging(store)
-    run(teacher, corpus, store, limit=20)
+    run(teacher, corpus, store, limit=FEW)
     assert not [path for path in gone if path.exists()]
     assert all(path.exists() for path in kept)
     assert list((store / ".staging" / "leases").iterdir()) == []
@@ -329,9 +358,9 @@ def test_a_complete_run_removes_what_killed_writers_left(teacher: Path, corpus: 
     for commit in list((store / "commits").iterdir())[:1]:
         commit.unlink()
     shutil.rmtree(store / "samples")
-    run(teacher, corpus, store, limit=20, max_bytes=1)
+    run(teacher, corpus, store, limit=FEW, max_bytes=1)
     assert all(path.exists() for path in gone), "the store is not complete"
-    assert whole.num_shards > 1
+    assert open_store(few).manifest.layout.num_shards > 1
 
 
 @pytest.fixture(scope="module")
@@ -344,20 +373,9 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_two_ray_workers_store_the_same_bits_as_one_process(
-    ray_cluster: None, teacher: Path, corpus: Path, tmp_path: Path
+def test_two_ray_workers_one_of_which_is_killed_and_replaced_store_the_same_bits_as_one_process(
+    ray_cluster: None, teacher: Path, corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
-    run(teacher, corpus, tmp_path / "serial")
-    run(teacher, corpus, tmp_path / "ray", workers=2)
-    serial, ray_store = open_store(tmp_path / "serial"), open_store(tmp_path / "ray")
-    assert by_id(serial) == by_id(ray_store)
-    assert serial.manifest.fingerprint == ray_store.manifest.fingerprint
-
-
-def test_a_killed_ray_worker_is_replaced_and_nothing_is_lost(
-    ray_cluster: None, teacher: Path, corpus: Path, tmp_path: Path
-) -> None:
-    run(teacher, corpus, tmp_path / "serial")
     killed: list[int] = []
 
     def say(text: str) -> None:
@@ -377,7 +395,9 @@ def test_a_killed_ray_worker_is_replaced_and_nothing_is_lost(
     )
     extract(config, resolve_model(config.teacher), say=say)
     assert killed
-    assert by_id(open_store(tmp_path / "ray")) == by_id(open_store(tmp_path / "serial"))
+    serial, ray_store = open_store(whole), open_store(tmp_path / "ray")
+    assert by_id(ray_store) == by_id(serial)
+    assert ray_store.manifest.fingerprint == serial.manifest.fingerprint
 
 
 def _title(process: psutil.Process) -> str:
@@ -407,21 +427,17 @@ def test_an_error_in_a_ray_worker_comes_out_as_itself(ray_cluster: None, teacher
         run(broken, corpus, tmp_path / "store", workers=1)
 
 
-def test_a_ray_extraction_whose_driver_is_killed_resumes_to_the_same_bits(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    run(teacher, corpus, tmp_path / "whole")
+def test_a_ray_extraction_whose_driver_is_killed_resumes_to_the_same_bits(
+    teacher: Path, corpus: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "cut"
-    process = subprocess.Popen(
-        command(teacher, corpus, out, "--workers", "2"),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    _wait_for(lambda: len(list((out / "commits").glob("*.json"))) >= 2, seconds=120)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with start(teacher, corpus, out, "--workers", "2") as process:
+        _wait_for(lambda: len(list((out / "commits").glob("*.json"))) >= 2, seconds=120)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     time.sleep(2)  # Ray ends the orphaned workers within about a second
     run(teacher, corpus, out)
-    assert by_id(open_store(out)) == by_id(open_store(tmp_path / "whole"))
+    assert by_id(open_store(out)) == by_id(open_store(whole))
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -431,15 +447,15 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.002)
 
 
-def test_a_summary_says_what_is_stored(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    summary = run(teacher, corpus, tmp_path / "store", limit=10)
-    store = open_store(tmp_path / "store")
-    assert (summary.num_samples, summary.new_shards) == (10, store.manifest.layout.num_shards)
-    on_disk = sum(file.stat().st_size for file in (tmp_path / "store" / "kv.zarr").rglob("c/**/*") if file.is_file())
+def test_a_summary_says_what_is_stored(few_summary: ExtractSummary, few: Path) -> None:
+    summary = few_summary
+    store = open_store(few)
+    assert (summary.num_samples, summary.new_shards) == (FEW, store.manifest.layout.num_shards)
+    on_disk = sum(file.stat().st_size for file in (few / "kv.zarr").rglob("c/**/*") if file.is_file())
     constants = sum(
         file.stat().st_size
         for name in ("key_mean", "key_step", "value_mean", "value_step", "layer")
-        for file in (tmp_path / "store" / "kv.zarr" / name / "c").rglob("*")
+        for file in (few / "kv.zarr" / name / "c").rglob("*")
         if file.is_file()
     )
     assert summary.stored_bytes == on_disk - constants

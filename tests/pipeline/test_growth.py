@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ from pipeline.models.resolve import resolve_model
 from pipeline.repair import repair_store
 from tests.checkpoints import save_checkpoint
 from tests.kvstore.test_rewrite import codes_by_id
+from tests.processes import Process
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box"]
 DOCUMENTS = [
@@ -72,18 +71,14 @@ def run(teacher: Path, data: Sequence[Path] | Path, out: Path, **more: Any) -> E
     return extract(config, resolve_model(config.teacher), say=lambda _: None)
 
 
-def start(settings: dict[str, Any], kill_after: int = -1, gate: Path | str = "") -> subprocess.Popen[bytes]:
+def start(settings: dict[str, Any], kill_after: int = -1, gate: Path | str = "") -> Process:
     """An extraction in a process of its own.
 
     Args:
         kill_after: commits after which it kills itself.
         gate: after the first commit it waits for this file.
     """
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, json.dumps(settings), str(kill_after), str(gate)],
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return Process(DRIVER, json.dumps(settings), str(kill_after), str(gate))
 
 
 def corpus(path: Path, indices: Sequence[int]) -> Path:

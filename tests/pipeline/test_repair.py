@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +15,11 @@ from kvstore.verify import verify_store
 from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.models.resolve import resolve_model
-from pipeline.repair import repair_store, report_lines
+from pipeline.repair import repair_store
+from pipeline.terminal import report_lines
 from tests.checkpoints import save_checkpoint
 from tests.pipeline.test_extract import by_id
+from tests.processes import kvpipe
 
 STDLIB = Path(json.__file__).parent
 
@@ -127,17 +127,13 @@ def test_what_no_teacher_can_make_again_is_said(store: Path) -> None:
 
 
 def test_the_commands_report_and_exit_as_they_say(store: Path) -> None:
-    def kvpipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pipeline.cli", *arguments, str(store)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    assert kvpipe("verify").returncode == 0
+    assert kvpipe("verify", store).returncode == 0
     flip(store / "kv.zarr/key/c/0/3/0/0")
-    damaged = kvpipe("verify", "--deep", "--json")
+    damaged = kvpipe("verify", "--deep", "--json", store)
     assert damaged.returncode == 1
     report = json.loads(damaged.stdout)
     assert (report["ok"], {problem["shard"] for problem in report["problems"]}) == (False, {3})
-    mended = kvpipe("repair")
+    mended = kvpipe("repair", store)
     assert mended.returncode == 0, mended.stderr
     assert "shards made again: 3; leftovers removed: 0" in mended.stdout
     assert "INTACT" in mended.stdout

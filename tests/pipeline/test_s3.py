@@ -6,11 +6,9 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from pipeline.config import ExtractConfig
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
 from tests.checkpoints import save_checkpoint
+from tests.processes import Process, kvpipe, start
 from tests.s3 import Proxy, environment, get_raw, keys_of, put_raw, raw_client
 
 STDLIB = Path(json.__file__).parent
@@ -75,7 +74,9 @@ def finished(teacher: Path, corpus: Path) -> tuple[str, subprocess.CompletedProc
     """A store made by the command line in a process of its own; tests leave it as it is."""
     raw_client().create_bucket(Bucket="finished")
     out = "s3://finished/runs/one"
-    return out, kvpipe(*extract_arguments(teacher, corpus, out), "--json")
+    done = kvpipe(*extract_arguments(teacher, corpus, out), "--json")
+    assert done.returncode == 0, done.stderr
+    return out, done
 
 
 def run(teacher: Path, corpus: Path, out: str, **settings: Any) -> ExtractSummary:
@@ -92,30 +93,7 @@ def extract_arguments(teacher: Path, corpus: Path, out: str, *more: str) -> list
     return ["extract", "--teacher", str(teacher), "--data", str(corpus), "--out", out, *SETTINGS, *more]
 
 
-def start(*arguments: str, **variables: str | None) -> subprocess.Popen[str]:
-    changed = {**os.environ, **variables}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={name: value for name, value in changed.items() if value is not None},
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    with process:
-        stdout, stderr = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def kvpipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = finish(start(*arguments))
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Process) -> None:
     deadline = time.monotonic() + 100
     while not condition():
         assert process.poll() is None, "it ended too soon"
@@ -171,7 +149,7 @@ def test_killed_half_way_and_resumed_by_two_at_once_a_store_has_the_same_bits(
     process = start(*extract_arguments(teacher, corpus, out))
     wait_for(lambda: proxy.count("PUT", "/commits/") >= 4, process)
     process.send_signal(signal.SIGKILL)
-    finish(process)
+    process.finish()
     partial = by_id(open_store(out))
     assert 0 < len(partial) < len(expected)
     assert partial.items() <= expected.items()
@@ -179,7 +157,7 @@ def test_killed_half_way_and_resumed_by_two_at_once_a_store_has_the_same_bits(
     other = start(*extract_arguments(teacher, corpus, out, "--task-range", "1/2"))
     wait_for(lambda: proxy.count("PUT", "/.staging/leases/") > 0, other)
     run(teacher, corpus, out, task_range="2/2")
-    done = finish(other)
+    done = other.finish()
     assert done.returncode == 0, done.stderr
     assert f"resuming {out}: " in done.stderr
     assert by_id(open_store(out)) == expected
@@ -193,6 +171,7 @@ def test_a_store_in_a_bucket_is_inspected_by_the_command(
 ) -> None:
     out, _ = finished
     done = kvpipe("inspect", out, "--json")
+    assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert (record["path"], record["complete"]) == (out, True)
     assert done.stderr == ""
@@ -356,14 +335,17 @@ def test_what_is_wrong_with_a_bucket_is_said_in_one_line(bucket: str, teacher: P
     impatient = {"KVPIPE_RETRY_S": "1", "HOME": str(tmp_path)}
     started = time.monotonic()
     no_keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_METADATA_ENDPOINT": nowhere}
-    cases: Sequence[tuple[subprocess.Popen[str], str]] = [
-        (start("inspect", f"s3://{bucket}/a", **impatient, **no_keys), "no credentials; set AWS_ACCESS_KEY_ID"),
-        (start("inspect", f"s3://{bucket}/a", AWS_ENDPOINT_URL=nowhere, **impatient), "AWS_ENDPOINT_URL in the environment"),
-        (start("verify", "s3://no-such-bucket/a", **impatient), "there is no bucket 'no-such-bucket'"),
-        (start("inspect", f"s3://{bucket}/a", **impatient), f"no store at s3://{bucket}/a"),
+    cases: Sequence[tuple[Process, str]] = [
+        (start("inspect", f"s3://{bucket}/a", environment={**impatient, **no_keys}), "no credentials; set AWS_ACCESS_KEY_ID"),
+        (
+            start("inspect", f"s3://{bucket}/a", environment={"AWS_ENDPOINT_URL": nowhere, **impatient}),
+            "AWS_ENDPOINT_URL in the environment",
+        ),
+        (start("verify", "s3://no-such-bucket/a", environment=impatient), "there is no bucket 'no-such-bucket'"),
+        (start("inspect", f"s3://{bucket}/a", environment=impatient), f"no store at s3://{bucket}/a"),
     ]
     for process, message in cases:
-        done = finish(process)
+        done = process.finish()
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         assert (done.returncode, len(lines)) == (1, 1), done.stderr
         assert message in lines[0]

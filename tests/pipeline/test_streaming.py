@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -244,9 +245,9 @@ def test_what_is_written_while_a_source_still_streams_can_be_read(teacher: Path,
 
     def feed() -> None:
         with pipe.open("w") as file:
-            for number, text in enumerate(texts(120)):
+            for number, text in enumerate(texts(200)):
                 file.write(json.dumps({"text": text}) + "\n")
-                if number == 60:
+                if number == 140:  # texts are tokenised by the 64
                     file.flush()
                     _wait_for(lambda: len(list(store.glob("commits/*.json"))) > 3)
                     seen.append(len(open_store(store)))
@@ -260,8 +261,6 @@ def test_what_is_written_while_a_source_still_streams_can_be_read(teacher: Path,
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    import time
-
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
