@@ -6,7 +6,6 @@ Everything else goes through tensorstore on the same files. Knows no samples and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,14 +212,34 @@ def unreachable(error: ValueError) -> bool:
     return "retry attempts failed" in text or text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED"))
 
 
-def open_folder(path: Path) -> ts.TensorStore:
-    """Open one array in a local folder for writing; every written chunk is stored, all-zero ones too."""
-    return _open({"driver": "file", "path": f"{path}/"}, None)
+def encode_shard(document: Mapping[str, Any], codes: np.ndarray) -> bytes:
+    """The object of one shard, made in memory; every chunk that `codes` reach is stored, all-zero ones too.
+
+    Args:
+        document: zarr.json of the array.
+        codes: the shard's numbers, or those of its first tokens.
+    """
+    array = ts.open(
+        {
+            "driver": "zarr3",
+            "kvstore": {"driver": "memory"},
+            "metadata": resized(document, _shard_tokens(document)),
+            "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+        context=ts.Context(),
+    ).result()
+    region = tuple(slice(0, length) for length in codes.shape)
+    array[region].write(codes, can_reference_source_data_indefinitely=True).result()
+    files = array.kvstore
+    assert files is not None
+    (shard,) = (key for key in files.list().result() if key != b"zarr.json")
+    return bytes(files.read(shard).result().value)
 
 
 def _open(kvstore: dict[str, Any], context: ts.Context | None) -> ts.TensorStore:
     return ts.open(
-        {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False, "store_data_equal_to_fill_value": True},
+        {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False},
         open=True,
         context=context or ts.Context(),
     ).result()
@@ -279,15 +298,18 @@ def resized(document: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
     return {**document, "shape": shape}
 
 
+def _shard_tokens(document: Mapping[str, Any]) -> int:
+    return int(document["chunk_grid"]["configuration"]["chunk_shape"][_token_axis(document)])
+
+
 def _token_axis(document: Mapping[str, Any]) -> int:
     return list(document["dimension_names"]).index("token")
 
 
-def chunk_bytes(shard: Path, num_layers: int, chunks_per_layer: int) -> list[int]:
+def chunk_bytes(shard: bytes, num_layers: int, chunks_per_layer: int) -> list[int]:
     """Stored bytes of each layer, from the index at the end of a Zarr shard (offset and size of every inner chunk)."""
     count = num_layers * chunks_per_layer
-    with shard.open("rb") as file:
-        file.seek(-(16 * count + 4), os.SEEK_END)
-        index = np.frombuffer(file.read(16 * count), dtype="<u8").reshape(num_layers, chunks_per_layer, 2)
+    index = np.frombuffer(shard, dtype="<u8", count=2 * count, offset=len(shard) - (16 * count + 4))
+    index = index.reshape(num_layers, chunks_per_layer, 2)
     present = index[..., 0] != _MISSING_CHUNK
     return [int(size) for size in np.where(present, index[..., 1], 0).sum(axis=1)]

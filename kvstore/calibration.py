@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace, device, is_numpy_array
 from jaxtyping import Float, Float32, Float64
 
 from kvstore.codec import INT8_MAX, KINDS, NIBBLE_MIN, Kind, Quantizer
@@ -24,6 +26,9 @@ SINK_TOKENS = 4
 # Reach of the code range in standard deviations of a channel: the step of a loud channel is widened until the range holds
 # this much, 10 where tails are heavy. 4 for nibbles minimises the squared error of a Gaussian channel.
 _INT8_REACH, _INT8_REACH_HEAVY, _HEAVY_KURTOSIS, _NIBBLE_REACH = 6.0, 10.0, 6.0, 4.0
+
+_PIECE_VALUES = 32_768
+"""A quarter of a megabyte in float64."""
 
 Channel = Float32[np.ndarray, "kv_head dim"]
 Calibration = Mapping[str, Mapping[Kind, tuple[np.ndarray, np.ndarray]]]
@@ -43,12 +48,7 @@ class ChannelMoments:
         return cls(0, np.zeros((4, num_kv_heads, dim)))
 
     def add(self, values: Float[np.ndarray, "token kv_head dim"]) -> None:
-        x = values.astype(np.float64)
-        self.count += len(x)
-        power = x
-        for order in range(4):
-            self.sums[order] += power.sum(axis=0)
-            power = power * x
+        self.merge(ChannelMoments(len(values), power_sums(values)))
 
     def merge(self, other: ChannelMoments) -> None:
         self.count += other.count
@@ -66,6 +66,20 @@ class ChannelMoments:
         fourth = m4 - 4 * mean * m3 + 6 * mean**2 * m2 - 3 * mean**4
         squared = float((self.variance() ** 2).sum())
         return float(fourth.sum()) / squared if squared > 0 else 3.0
+
+
+def power_sums(values: Float[Any, "token kv_head dim"]) -> Float64[Any, "4 kv_head dim"]:
+    """What `ChannelMoments` holds of these values, computed where they are; on the host in pieces that stay in its cache."""
+    xp = array_namespace(values)
+    sums = xp.zeros((4, *values.shape[1:]), dtype=xp.float64, device=device(values))
+    num_tokens = int(values.shape[0])
+    step = max(_PIECE_VALUES // int(np.prod(values.shape[1:])), 1) if is_numpy_array(values) else max(num_tokens, 1)
+    for first in range(0, num_tokens, step):
+        x = xp.astype(values[first : first + step], xp.float64)
+        square = x * x
+        for order, power in enumerate((x, square, square * x, square * square)):
+            sums[order] += xp.sum(power, axis=0)
+    return sums
 
 
 Moments = Mapping[tuple[int, Kind], ChannelMoments]

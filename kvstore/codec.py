@@ -165,23 +165,63 @@ def encode(quantizer: Quantizer | None, values: Values, mean: Channels | None, s
     Raises:
         CodecError: a value is not finite.
     """
+    refuse_not_finite(values)
+    if quantizer is None:
+        return _bits(values)
+    assert mean is not None
+    assert step is not None
+    scaled = _deviations(values, mean)
+    scaled /= step[..., None, :, :]
+    return _quantized(quantizer, scaled)[0]
+
+
+def refuse_not_finite(values: Values) -> None:
+    """Name the first value that is not finite.
+
+    Raises:
+        CodecError: there is one.
+    """
     xp = array_namespace(values)
     finite = xp.isfinite(values)
     if not xp.all(finite):
         bad = [int(axis[0]) for axis in xp.nonzero(~finite)]
         raise CodecError(f"NaN or infinity at [token, kv_head, dim] {bad}; the teacher's output is broken there")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """One layer's keys or values as codes, and what encoding did to each token; where the values were, the host or a device."""
+
+    codes: Shaped[Any, "token kv_head code"]
+    measures: Float[Any, "3 token"]
+    """Of each token: sum of squared deviations from the channel means (of squares for raw), not finite exactly where a value is
+    not, or is beyond 1e19 and of no use; sum of squared errors; and the largest error among all of these tokens."""
+
+
+def encode_measured(
+    quantizer: Quantizer | None, values: Float[Any, "token kv_head dim"], mean: Channels | None, step: Channels | None
+) -> Encoded:
+    """The codes of `encode`, measured while the numbers are at hand: nothing is raised and nothing waits for a device.
+
+    Few passes over memory, in place where possible. Errors are exact to float32 rounding.
+    """
+    xp = array_namespace(values)
     if quantizer is None:
-        return values.view(xp.uint16) if "bfloat16" in str(values.dtype) else values
+        codes = _bits(values)
+        squared = _sum_of_squares(decode(None, codes, None, None))
+        return Encoded(codes, xp.stack([squared, xp.zeros_like(squared), xp.zeros_like(squared)]))
     assert mean is not None
     assert step is not None
-    scaled = (xp.astype(values, xp.float32) - mean[..., None, :, :]) / step[..., None, :, :]
-    if quantizer.form == "e4m3":
-        return _e4m3_bits(xp.clip(scaled, -E4M3_MAX, E4M3_MAX))
-    if quantizer.form == "int8":
-        return xp.astype(xp.clip(xp.round(scaled), -INT8_MAX, INT8_MAX), xp.int8)
-    code = xp.astype(xp.clip(xp.round(scaled), NIBBLE_MIN, NIBBLE_MAX) - NIBBLE_MIN, xp.uint8)
-    half = code.shape[-1] // 2
-    return code[..., :half] | (code[..., half:] << 4)
+    work = _deviations(values, mean)
+    squared = _sum_of_squares(work)
+    with np.errstate(invalid="ignore"):  # of NaN there are codes too; `measures` tells
+        work /= step
+        codes, rounded = _quantized(quantizer, work)
+    work -= rounded
+    work *= step
+    # Over all of them, for finding it token by token costs more than all the rest.
+    largest = xp.maximum(xp.max(work), -xp.min(work)) if work.shape[0] else 0.0
+    return Encoded(codes, xp.stack([squared, _sum_of_squares(work), xp.zeros_like(squared) + largest]))
 
 
 def decode(
@@ -214,11 +254,53 @@ def saturated(quantizer: Quantizer | None, codes: Codes) -> int:
         return 0
     xp = array_namespace(codes)
     if quantizer.form == "int8":
-        return int(xp.sum((codes == INT8_MAX) | (codes == -INT8_MAX)))
+        ends = [codes == INT8_MAX, codes == -INT8_MAX]
+    elif quantizer.form == "e4m3":
+        ends = [(codes & 0x7F) == _E4M3_MAX_BITS]
+    else:
+        low, high = codes & 0x0F, codes & 0xF0
+        ends = [low == 0, low == 0x0F, high == 0, high == 0xF0]
+    return sum(int(xp.count_nonzero(end)) for end in ends)
+
+
+def _bits(values: Values) -> Codes:
+    return values.view(array_namespace(values).uint16) if "bfloat16" in str(values.dtype) else values
+
+
+def _deviations(values: Values, mean: Channels) -> Float32[Any, "*layer token kv_head dim"]:
+    """A new array, to be worked on in place."""
+    xp = array_namespace(values)
+    return xp.astype(values, xp.float32, copy=False) - mean[..., None, :, :]
+
+
+def _sum_of_squares(values: Float32[Any, "token kv_head dim"]) -> Float32[Any, "token"]:
+    xp = array_namespace(values)
+    flat = xp.reshape(values, (values.shape[0], -1))
+    return xp.vecdot(flat, flat)
+
+
+def _quantized(quantizer: Quantizer, scaled: Any) -> tuple[Codes, Any]:
+    """Codes of numbers in steps, and the numbers they stand for, in float32."""
+    xp = array_namespace(scaled)
     if quantizer.form == "e4m3":
-        return int(xp.sum((codes & 0x7F) == _E4M3_MAX_BITS))
-    low, high = codes & 15, codes >> 4
-    return int(xp.sum((low == 0) | (low == 15)) + xp.sum((high == 0) | (high == 15)))
+        codes = _e4m3_bits(xp.clip(scaled, -E4M3_MAX, E4M3_MAX))
+        return codes, xp.asarray(E4M3_VALUES, device=device(codes))[xp.astype(codes, xp.int64)]
+    low, high = (-INT8_MAX, INT8_MAX) if quantizer.form == "int8" else (NIBBLE_MIN, NIBBLE_MAX)
+    rounded = xp.clip(xp.round(scaled), low, high)
+    if quantizer.form == "int8":
+        return xp.astype(rounded, xp.int8), rounded
+    return _packed(xp.astype(rounded - NIBBLE_MIN, xp.uint8)), rounded
+
+
+def _packed(code: Any) -> Any:
+    """Two 4-bit codes in a byte: the first half of the last axis low, the second high."""
+    xp = array_namespace(code)
+    half = code.shape[-1] // 2
+    if half % 8:
+        return code[..., :half] | (code[..., half:] << 4)
+    # Eight bytes at a time; no bit of a code below 16 is shifted out of its byte.
+    words = code.view(xp.int64)
+    return (words[..., : half // 8] | (words[..., half // 8 :] << 4)).view(xp.uint8)
 
 
 def _from_bfloat16(bits: Any) -> Any:

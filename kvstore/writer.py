@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
@@ -23,16 +23,16 @@ from kvstore.arrays import (
     array_keys,
     chunk_bytes,
     create_arrays,
+    encode_shard,
     fill_value,
     index_bytes,
     metadata_fingerprint,
-    open_folder,
     read_metadata,
     resized,
     shard_key,
 )
-from kvstore.calibration import Calibration, Channel, channels_of
-from kvstore.codec import KINDS, Kind, Values
+from kvstore.calibration import Calibration, channels_of
+from kvstore.codec import KINDS, Encoded, Kind, Values
 from kvstore.commits import Commit, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
 from kvstore.errors import CodecError, CorruptShardError, StoreFormatError, StoreWriteError
 from kvstore.gate import write_gate
@@ -42,7 +42,6 @@ from kvstore.storage import STAGING, Storage
 
 _OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE}
 _CREATING = f"{STAGING}/creating"
-_EXACT = {"centred_error": 0.0, "max_abs_error": 0.0}
 _MOST_SHOWN = 5
 
 
@@ -122,29 +121,30 @@ def extend_store(storage: Storage, manifest: Manifest) -> None:
     write_manifest(storage, manifest)
 
 
-@dataclasses.dataclass(slots=True)
-class _ErrorSums:
-    """Running sums from which the fidelity of one layer's keys or values is computed."""
+class Placed(NamedTuple):
+    """Where tokens of a shard come from: some in a row, of one sample or of several that follow each other."""
 
-    count: int = 0
-    saturated: float = 0
-    squared_error: float = 0.0
-    max_abs_error: float = 0.0
-    squared: float = 0.0
+    first: int
+    """On the token axis of what is handed over."""
+    offset: int
+    """On the token axis of the shard."""
+    length: int
 
-    def adopt(self, fidelity: Mapping[str, float], count: int) -> None:
-        """Add what another store measured on so many values."""
-        self.count += count
-        self.saturated += fidelity["saturation"] * count
-        self.squared_error += fidelity["centred_error"] ** 2 * count
-        self.max_abs_error = max(self.max_abs_error, fidelity["max_abs_error"])
-        self.squared += count
+
+def end_to_end(spans: Iterable[tuple[int, int]]) -> list[Placed]:
+    """Samples of these offsets and lengths, handed over one behind the other."""
+    placed, first = [], 0
+    for offset, length in spans:
+        placed.append(Placed(first, offset, length))
+        first += length
+    return placed
 
 
 class ShardWriter:
     """Collects the samples of one shard as codes and commits them.
 
-    Holds the codes of one shard in memory. Not safe between threads; one writer per shard and process.
+    Holds the codes of one shard in memory, and while it commits the compressed object of one array. Not safe between threads; one
+    writer per shard and process.
     """
 
     def __init__(
@@ -165,9 +165,8 @@ class ShardWriter:
         self._tokens = {
             name: np.full(tokens, TOKEN_ARRAYS[name].fill, dtype=TOKEN_ARRAYS[name].dtype) for name in manifest.token_arrays
         }
-        self._errors: dict[tuple[int, Kind], _ErrorSums] = {
-            (layer, kind): _ErrorSums() for layer in manifest.spec.layer_numbers for kind in KINDS
-        }
+        # By token, so that putting the same samples again, after half of a batch was lost, counts nothing twice.
+        self._measures = {(layer, kind): np.zeros((3, tokens)) for layer in manifest.spec.layer_numbers for kind in KINDS}
         self._used_tokens = 0
 
     def put(
@@ -188,15 +187,38 @@ class ShardWriter:
         Raises:
             CodecError: a value is not finite; shard, sample and layer are named.
         """
+        placed = end_to_end(spans)
         group, slot = self.manifest.group_of(layer)
         for kind, values in zip(KINDS, (key, value), strict=True):
             mean, step = channels_of(self._calibration, group, kind, slot)
-            try:
-                codes = codecs.encode(group.quantizer(kind), values, mean, step)
-            except CodecError as error:
-                raise self._name_sample(error, layer, kind, spans, values) from None
-            self._place(group, kind, slot, spans, codes)
-            self._measure(layer, kind, values, codes, mean, step, inherited[kind] if inherited else _EXACT)
+            encoded = codecs.encode_measured(group.quantizer(kind), values, mean, step)
+            if not np.isfinite(encoded.measures[0]).all():
+                self._refuse(layer, kind, placed, values)
+            if inherited is not None:
+                squared, squared_error, largest = encoded.measures
+                squared_error += inherited[kind]["centred_error"] ** 2 * squared
+                largest += inherited[kind]["max_abs_error"]
+            self.put_encoded(layer, kind, placed, encoded)
+
+    def put_encoded(self, layer: int, kind: Kind, placed: Sequence[Placed], encoded: Encoded) -> None:
+        """Take one layer's keys or values as `codec.encode_measured` left them; the same again changes nothing.
+
+        Args:
+            encoded: numpy arrays, encoded with this store's quantizer and calibration; tokens that `placed` leaves out are padding.
+
+        Raises:
+            CodecError: a value was not finite; shard, sample and layer are named.
+        """
+        group, slot = self.manifest.group_of(layer)
+        codes, measures = self._codes[group.path, kind][slot], self._measures[layer, kind]
+        finite = np.isfinite(encoded.measures[0])
+        for first, offset, length in placed:
+            source, target = slice(first, first + length), slice(offset, offset + length)
+            if not finite[source].all():
+                raise CodecError(
+                    self._where(layer, kind, offset + int(finite[source].argmin())) + "; the teacher's output is broken there"
+                )
+            codes[target], measures[:, target] = encoded.codes[source], encoded.measures[:, source]
 
     def put_tokens(
         self,
@@ -226,10 +248,9 @@ class ShardWriter:
         self, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], codes: codecs.Codes, fidelity: Mapping[str, float]
     ) -> None:
         """Take codes as another store of the same signal has them, with that store's fidelity in place of a measurement."""
-        group, slot = self.manifest.group_of(layer)
-        self._place(group, kind, slot, spans, codes)
-        quantizer = group.quantizer(kind)
-        self._errors[layer, kind].adopt(fidelity, codes.size * (quantizer.values_per_byte if quantizer else 1))
+        measures = np.empty((3, len(codes)))
+        measures[:] = [[1.0], [fidelity["centred_error"] ** 2], [fidelity["max_abs_error"]]]
+        self.put_encoded(layer, kind, end_to_end(spans), Encoded(codes, measures))
 
     def commit(self, *, replace: bool = False) -> Commit:
         """Write every object of the shard durably, then its commit record; an existing commit wins.
@@ -244,8 +265,7 @@ class ShardWriter:
         if not replace and self._storage.size(commit_key(self.shard)) is not None:
             return read_commit(self._storage, self.shard)
         try:
-            with self._storage.scratch(f"shard-{self.shard:05d}") as scratch:
-                objects, bits = self._write_objects(scratch, replace)
+            objects, bits = self._write_objects(replace)
             commit = Commit(
                 shard=self.shard,
                 signal=self.manifest.signal_fingerprint,
@@ -271,108 +291,70 @@ class ShardWriter:
             )
         return theirs
 
-    def _place(self, group: Group, kind: Kind, slot: int, spans: Sequence[tuple[int, int]], codes: codecs.Codes) -> None:
-        target, position = self._codes[group.path, kind][slot], 0
-        for offset, length in spans:
-            target[offset : offset + length] = codes[position : position + length]
-            position += length
+    def _refuse(self, layer: int, kind: Kind, placed: Sequence[Placed], values: Values) -> None:
+        try:
+            codecs.refuse_not_finite(values)
+        except CodecError as error:
+            token = int(np.argwhere(~np.isfinite(values))[0][0])
+            span = next(span for span in placed if token < span.first + span.length)
+            raise CodecError(f"{self._where(layer, kind, span.offset + token - span.first)}: {error}") from None
 
-    def _name_sample(
-        self, error: CodecError, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], values: Values
-    ) -> CodecError:
-        token = int(np.argwhere(~np.isfinite(values))[0][0])
-        ends = np.cumsum([length for _, length in spans])
-        offset = spans[int(np.searchsorted(ends, token, side="right"))][0]
-        start = self.shard * self.manifest.layout.shard_tokens + offset
-        sample = next((row for row in self._samples if row.token_start == start), None)
-        named = f"sample {sample.id[:12]} ({sample.source})" if sample else f"the sample at token {start}"
-        return CodecError(f"shard {self.shard}, {named}, layer {layer}, {kind}: {error}")
-
-    def _measure(
-        self,
-        layer: int,
-        kind: Kind,
-        values: Values,
-        codes: np.ndarray,
-        mean: Channel | None,
-        step: Channel | None,
-        inherited: Mapping[str, float],
-    ) -> None:
-        quantizer = self.manifest.group_of(layer)[0].quantizer(kind)
-        sums = self._errors[layer, kind]
-        exact = values.astype(np.float32)
-        centred = exact if mean is None else exact - mean
-        error = codecs.decode(quantizer, codes, mean, step) - exact
-        sums.count += exact.size
-        sums.saturated += codecs.saturated(quantizer, codes)
-        squared = float(np.vdot(centred, centred))
-        sums.squared += squared
-        sums.squared_error += float(np.vdot(error, error)) + inherited["centred_error"] ** 2 * squared
-        sums.max_abs_error = max(sums.max_abs_error, float(np.abs(error).max(initial=0.0)) + inherited["max_abs_error"])
+    def _where(self, layer: int, kind: Kind, token: int) -> str:
+        """Names the sample at a token of the shard."""
+        token += self.shard * self.manifest.layout.shard_tokens
+        sample = next((row for row in self._samples if row.token_start <= token < row.token_start + row.num_tokens), None)
+        named = f"sample {sample.id[:12]} ({sample.source})" if sample else f"the sample at token {token}"
+        return f"shard {self.shard}, {named}, layer {layer}, {kind}"
 
     def _fidelity(self, bits: Mapping[tuple[int, Kind], float]) -> dict[str, Any]:
         def record(layer: int, kind: Kind) -> dict[str, float]:
-            sums = self._errors[layer, kind]
+            group, slot = self.manifest.group_of(layer)
+            codes = self._codes[group.path, kind][slot, : self._used_tokens]
+            squared, squared_error = (float(measure.sum()) for measure in self._measures[layer, kind][:2])
+            count = max(sum(row.num_tokens for row in self._samples) * group.num_kv_heads * group.dim(kind), 1)
             return {
-                "centred_error": float(np.sqrt(sums.squared_error / sums.squared)) if sums.squared else 0.0,
-                "max_abs_error": sums.max_abs_error,
-                "saturation": sums.saturated / max(sums.count, 1),
-                "bits": bits[layer, kind] / max(sums.count, 1),
+                "centred_error": float(np.sqrt(squared_error / squared)) if squared else 0.0,
+                "max_abs_error": float(self._measures[layer, kind][2].max()),
+                "saturation": codecs.saturated(group.quantizer(kind), codes) / count,
+                "bits": bits[layer, kind] / count,
             }
 
         return {str(layer): {kind: record(layer, kind) for kind in KINDS} for layer in self.manifest.spec.layer_numbers}
 
-    def _write_objects(self, scratch: Path, replace: bool) -> tuple[list[StoredObject], dict[tuple[int, Kind], float]]:
+    def _write_objects(self, replace: bool) -> tuple[list[StoredObject], dict[tuple[int, Kind], float]]:
         chunk = self.manifest.layout.chunk_tokens
         used = self.manifest.layout.padded(self._used_tokens)
         objects: list[StoredObject] = []
-        bits: dict[tuple[int, Kind], float] = dict.fromkeys(self._errors, 0.0)
+        bits: dict[tuple[int, Kind], float] = dict.fromkeys(self._measures, 0.0)
         if not self._samples:  # all were dropped: a shard without objects
             for array in array_keys(self.manifest):
                 self._storage.delete(shard_key(array, self.shard))
             return objects, bits
         for group, kind, array, codes in self._arrays():
-            staged = self._stage_array(scratch, array, codes, used)
+            document = read_metadata(self._storage, self.manifest, f"{array}/zarr.json")
+            content = encode_shard(document, codes[:used] if group is None else codes[:, :used])
             if group is not None and kind is not None:
-                sizes = chunk_bytes(staged, len(group.layers), self.manifest.layout.shard_tokens // chunk)
+                sizes = chunk_bytes(content, len(group.layers), self.manifest.layout.shard_tokens // chunk)
                 bits.update({(layer, kind): 8.0 * size for layer, size in zip(group.layers, sizes, strict=True)})
-            content = staged.read_bytes()
             stored = StoredObject(
                 path=shard_key(array, self.shard),
                 size_bytes=len(content),
                 sha256=bytes_sha256(content),
                 index_sha256=bytes_sha256(content[-index_bytes(self.manifest, array) :]),
             )
-            self._publish(staged, stored, replace)
+            self._publish(content, stored, replace)
             objects.append(stored)
         return objects, bits
 
-    def _publish(self, staged: Path, stored: StoredObject, replace: bool) -> None:
+    def _publish(self, content: bytes, stored: StoredObject, replace: bool) -> None:
         """Put an object in place. One that is there already without a commit is a dead writer's, or our twin's with these bits."""
-        if not self._storage.write(stored.path, staged, replace=replace) and (
+        if not self._storage.write(stored.path, content, replace=replace) and (
             bytes_sha256(self._storage.read(stored.path)) != stored.sha256
         ):
-            self._storage.write(stored.path, staged, replace=True)
+            self._storage.write(stored.path, content, replace=True)
 
     def _arrays(self) -> Iterator[tuple[Group | None, Kind | None, str, np.ndarray]]:
         for group in self.manifest.groups:
             for kind in KINDS:
                 yield group, kind, array_key(group, group.array(kind)), self._codes[group.path, kind]
         yield from ((None, None, name, array) for name, array in self._tokens.items())
-
-    def _stage_array(self, scratch: Path, array: str, codes: np.ndarray, used: int) -> Path:
-        """Write one shard object through a copy of its array's metadata, so nothing half-written lies in the store."""
-        folder = scratch / array
-        folder.mkdir(parents=True)
-        document = read_metadata(self._storage, self.manifest, f"{array}/zarr.json")
-        num_tokens = (self.shard + 1) * self.manifest.layout.shard_tokens
-        (folder / "zarr.json").write_text(json.dumps(resized(document, num_tokens)))
-        start = self.shard * self.manifest.layout.shard_tokens
-        with_layers = codes.ndim > 1
-        region = (slice(None), slice(start, start + used)) if with_layers else (slice(start, start + used),)
-        target = open_folder(folder)[region]
-        try:
-            target.write(codes[:, :used] if with_layers else codes[:used]).result()
-        except ValueError as error:  # tensorstore's only class of error, a full disk included
-            raise OSError(f"{array}: {error}") from error
-        return scratch / shard_key(array, self.shard).removeprefix(f"{ARRAYS}/")

@@ -6,7 +6,7 @@ Pure functions of lengths and settings, so that a resumed or retried run plans e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,14 @@ from pipeline.windows import Window
 
 PAD_MULTIPLE = 64
 """Samples are padded to a multiple of this: what a sample's numbers are depends on the padded length alone."""
+
+CPU_BATCH_TOKENS = 8192
+"""Padded tokens of a forward pass on a CPU, whose speed hardly depends on them."""
+MAX_BATCH_TOKENS = 65_536
+"""More makes no GPU faster."""
+_PROBE_TOKENS = 2048
+_USABLE_SHARE = 0.7
+"""Of a GPU's free memory: encoding needs some, and some is lost between blocks of other sizes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +131,20 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, max_positions: int, 
         rows = max(batch_tokens // padded, 1)
         batches += [members[first : first + rows] for first in range(0, len(members), rows)]
     return batches
+
+
+def fit_batch_tokens(memory_share: Callable[[int], float], width: int) -> int:
+    """Padded tokens of a forward pass that fit a GPU, from two small passes: a power of two, so that equal GPUs get equal numbers.
+
+    Args:
+        memory_share: runs so many samples and says which share of the free memory that took; may raise torch's out-of-memory error.
+        width: padded tokens of a sample.
+    """
+    rows = max(_PROBE_TOKENS // width, 1)
+    once, twice = memory_share(rows), memory_share(2 * rows)
+    each = max(twice - once, 1e-9) / rows
+    tokens = width * (rows + (_USABLE_SHARE - once) / each)
+    return 1 << (int(min(max(tokens, width), MAX_BATCH_TOKENS)).bit_length() - 1)
 
 
 def padded_length(length: int, max_positions: int) -> int:

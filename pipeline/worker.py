@@ -1,6 +1,7 @@
 """A worker: one teacher, computing the keys and values of whole tasks and writing their shards itself.
 
-Runs in this process or inside a Ray actor; tensors never leave it, only small records do. Knows no scheduling.
+Runs in this process or inside a Ray actor; tensors never leave it, only small records do. Two threads keep it busy: while one
+writes its task the other computes the next. Knows no scheduling.
 """
 
 from __future__ import annotations
@@ -9,33 +10,36 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
+from torch import Tensor
 
 from kvstore import open_store
 from kvstore.arrays import read_calibration
-from kvstore.calibration import Calibration, ChannelMoments, calibration_mask
+from kvstore.calibration import Calibration, ChannelMoments, calibration_mask, power_sums
 from kvstore.codec import KINDS, Kind, format_codecs, parse_codecs
-from kvstore.manifest import Manifest, read_manifest
+from kvstore.manifest import read_manifest
 from kvstore.spec import KVSpec
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment
+from pipeline.feed import Feed, StoreCodec, as_numpy
 from pipeline.gate import GateResult, codec_round_trip, run_gate, run_stored_gate, self_calibrated, stored_calibration
-from pipeline.models.capture import capture_kv
 from pipeline.models.load import load_causal_lm
-from pipeline.models.probe import length_dependent_rope, probe_causal, probe_kv_spec
-from pipeline.plan import Task, padded_length, plan_batches
+from pipeline.models.probe import probe_causal, probe_kv_spec
+from pipeline.plan import Task
+from pipeline.teacher import Batch, OnLayer, Teacher
 
-Spans = list[tuple[int, int]]
-"""Offset in the shard and length of every sample along a packed token axis."""
-OnLayer = Callable[[int, Spans, np.ndarray, np.ndarray], None]
+KEPT_BYTES = 256 * 2**20
+"""Keys and values that calibration keeps for the tasks it computed; what is beyond is computed again."""
+
+_Captured = tuple[int, Batch, Tensor, Tensor]
+"""Layer, batch, keys and values."""
 Moments = dict[tuple[int, Kind], ChannelMoments]
 """By teacher layer and kind, of what will be stored: after alignment where it is baked."""
 
@@ -83,12 +87,23 @@ class TaskResult:
     num_samples: int
     num_tokens: int
     stored_bytes: int
+    batch_tokens: int
+    """Most padded tokens of a forward pass: the job's, or less after memory ran out."""
     compute_s: float
+    """Time this task had the teacher, encoding and copying left out; what is below can overlap with other tasks."""
+    copy_s: float
+    encode_s: float
     write_s: float
+    """Compressing, hashing, writing and committing."""
 
 
 class Worker:
-    """Loads a teacher once, then computes and writes tasks; used by one thread."""
+    """Loads a teacher once, then computes and writes tasks.
+
+    `run` may be called by two threads at once, which share the teacher in turn; the other methods wait for it too. Beside the
+    teacher and its activations it holds, for each thread in `run`, the codes of one shard (of each array at most 256 MiB, or one
+    sample) and one compressed array of them, QUEUE_BYTES of codes coming from a GPU and, on the CPU, KEPT_BYTES.
+    """
 
     def __init__(self, source: TeacherSource, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         """Load the teacher.
@@ -97,62 +112,90 @@ class Worker:
             environment: variables a process on another machine lacks: a bucket's credentials.
         """
         os.environ.update(environment)
-        self._model: Any = load_causal_lm(source.path, dtype=source.dtype, device=source.device)
-        probe_causal(self._model)
-        self._spec = probe_kv_spec(self._model)
-        # What calibration computed and has not written yet: those forward passes are kept, not repeated.
-        self._kept: dict[int, list[tuple[int, Spans, np.ndarray, np.ndarray]]] = {}
+        model: Any = load_causal_lm(source.path, dtype=source.dtype, device=source.device)
+        probe_causal(model)
+        self._teacher = Teacher(model, probe_kv_spec(model))
+        self._kept: dict[int, list[_Captured]] = {}
 
     def describe(self) -> TeacherInfo:
-        config = self._model.config.get_text_config()
+        model = self._teacher.model
         return TeacherInfo(
-            spec=self._spec,
-            attn_implementation=str(config._attn_implementation),
-            max_positions=int(config.max_position_embeddings),
-            num_embeddings=int(self._model.get_input_embeddings().weight.shape[0]),
-            device=str(self._model.device),
+            spec=self._teacher.spec,
+            attn_implementation=str(model.config.get_text_config()._attn_implementation),
+            max_positions=self._teacher.max_positions,
+            num_embeddings=int(model.get_input_embeddings().weight.shape[0]),
+            device=str(model.device),
         )
 
+    def fit_batch_tokens(self, layers: tuple[int, ...], seq_len: int) -> int:
+        """Padded tokens of a forward pass that fit this worker's device; see `Teacher`."""
+        with self._teacher.lock:
+            return self._teacher.fit_batch_tokens(layers, seq_len)
+
     def calibrate(self, job: Job, task: Task) -> Moments:
-        """Compute a task, keep its numbers for `run`, and return their moments without the sink positions."""
-        stored = self._stored_spec(job)
+        """Compute a task and return the moments of its numbers, sink positions left out.
+
+        On the CPU, where a forward pass is dear, the numbers are kept for `run` as far as KEPT_BYTES go.
+        """
+        # By first token of the batch: what memory ran out for comes again, in parts.
+        sums: dict[tuple[int, int], dict[Kind, ChannelMoments]] = {}
+        captured: dict[tuple[int, int], _Captured] = {}
+        room = KEPT_BYTES - sum(_num_bytes(kept) for kept in self._kept.values())
+
+        def take(layer: int, batch: Batch, key: Tensor, value: Tensor) -> None:
+            where, wanted = (batch.samples[0].offset, layer), calibration_mask(batch.lengths)
+            sums[where] = {kind: _moments(values, wanted) for kind, values in zip(KINDS, (key, value), strict=True)}
+            if key.device.type == "cpu" and _num_bytes(captured.values()) < room:
+                captured[where] = (layer, batch, key, value)
+
+        with self._teacher.lock:
+            self._compute(job, task, take)
+        if len(captured) == len(sums) and _num_bytes(captured.values()) <= room:
+            self._kept[task.shard] = list(captured.values())
         moments: Moments = {}
-        kept = self._kept[task.shard] = []
-
-        def keep(layer: int, spans: Spans, key: np.ndarray, value: np.ndarray) -> None:
-            kept.append((layer, spans, key, value))
-            wanted = calibration_mask([length for _, length in spans])
-            for kind, values in zip(KINDS, (key, value), strict=True):
-                geometry = stored.layer(layer)
-                dim = geometry.key_dim if kind == "key" else geometry.value_dim
-                entry = moments.setdefault((layer, kind), ChannelMoments.zeros(geometry.num_kv_heads, dim))
-                entry.add(values[wanted])
-
-        self._compute(job, task, keep)
+        for (_, layer), found in sorted(sums.items(), key=lambda item: item[0]):
+            for kind, part in found.items():
+                moments.setdefault((layer, kind), ChannelMoments.zeros(*part.sums.shape[1:])).merge(part)
         return moments
 
     def run(self, job: Job, task: Task, replace: bool = False) -> TaskResult:
-        """Compute a task and commit its shard; one that is committed already is written again only with `replace`."""
-        manifest, calibration = _open_for_writing(job.store, task.shard)
+        """Compute a task and commit its shard; one that is committed already is written again only with `replace`.
+
+        Raises:
+            SampleTooLargeError: the device's memory does not suffice for one sample.
+            CodecError: the teacher gave values that are not finite.
+            StoreWriteError: the disk or bucket refused.
+        """
+        codec = _codec_for_writing(job.store, task.shard)
         rows = [sample.row for sample in task.samples]
-        writer = ShardWriter(locate(job.store), manifest, calibration, task.shard, rows)
-        started = time.perf_counter()
-        if task.shard in self._kept:
-            for layer, spans, key, value in self._kept.pop(task.shard):
-                writer.put(layer, spans, key, value)
-        else:
-            self._compute(job, task, writer.put)
+        writer = ShardWriter(locate(job.store), codec.manifest, codec.calibration, task.shard, rows)
+        feed = Feed(writer, codec)
+        compute_s = 0.0
+        kept = self._kept.pop(task.shard, None)
+        while kept:
+            layer, batch, key, value = kept.pop()
+            feed.take(layer, batch.placed, key, value)
+        if kept is None:
+            with self._teacher.lock:
+                begun = time.perf_counter()
+                self._compute(job, task, lambda layer, batch, key, value: feed.take(layer, batch.placed, key, value))
+                compute_s = time.perf_counter() - begun - feed.encode_s - feed.copy_s
+        # The teacher is free for the other thread while the last codes arrive.
+        feed.drain()
         for sample in task.samples:
             writer.put_tokens(sample.offset, sample.input_ids, sample.beside)
-        computed = time.perf_counter()
+        begun = time.perf_counter()
         commit = writer.commit(replace=replace)
         return TaskResult(
             shard=task.shard,
             num_samples=len(commit.samples),
             num_tokens=commit.num_tokens,
             stored_bytes=commit.stored_bytes,
-            compute_s=computed - started,
-            write_s=time.perf_counter() - computed,
+            batch_tokens=self._teacher.batch_tokens(job.batch_tokens),
+            compute_s=compute_s,
+            copy_s=feed.copy_s,
+            encode_s=feed.encode_s,
+            write_s=time.perf_counter() - begun,
         )
 
     def gate(self, job: Job, sequences: tuple[np.ndarray, ...], codec: str, calibration: Calibration | None) -> GateResult:
@@ -163,20 +206,21 @@ class Worker:
             calibration: what was fitted for this very codec; None fits on the sequences themselves. Not used where an alignment
                 is baked: it then belongs to the student's geometry.
         """
-        codecs = parse_codecs(codec, job.layers)
-        if job.alignment is None and calibration is not None:
-            fits = stored_calibration(self._spec.select(job.layers), codecs, calibration)
-        else:
-            fits = self_calibrated(self._model, self._spec, sequences, codecs, job.layers)
-        return run_gate(
-            self._model,
-            self._spec,
-            sequences,
-            codec_round_trip(codecs, lambda layer, kind: fits[layer, kind]),
-            layers=job.layers,
-            codec=format_codecs(codecs),
-            geometry="stored" if job.alignment is None else "teacher's, before projection",
-        )
+        teacher, codecs = self._teacher, parse_codecs(codec, job.layers)
+        with teacher.lock:
+            if job.alignment is None and calibration is not None:
+                fits = stored_calibration(teacher.spec.select(job.layers), codecs, calibration)
+            else:
+                fits = self_calibrated(teacher.model, teacher.spec, sequences, codecs, job.layers)
+            return run_gate(
+                teacher.model,
+                teacher.spec,
+                sequences,
+                codec_round_trip(codecs, lambda layer, kind: fits[layer, kind]),
+                layers=job.layers,
+                codec=format_codecs(codecs),
+                geometry="stored" if job.alignment is None else "teacher's, before projection",
+            )
 
     def gate_stored(self, job: Job, sample_indices: tuple[int, ...]) -> GateResult:
         """Measure the same with what lies on disk: it still is what the teacher produces, up to the codec.
@@ -189,64 +233,40 @@ class Worker:
                 f"gate: {job.store} holds keys and values in a student's geometry, which the teacher cannot attend over; gate "
                 "baked stores before they are written"
             )
-        return run_stored_gate(self._model, self._spec, open_store(job.store), sample_indices, job.layers)
-
-    def _stored_spec(self, job: Job) -> KVSpec:
-        return self._spec.select(job.layers) if job.alignment is None else Alignment.from_json(job.alignment).stored_spec()
+        with self._teacher.lock:
+            return run_stored_gate(self._teacher.model, self._teacher.spec, open_store(job.store), sample_indices, job.layers)
 
     def _compute(self, job: Job, task: Task, on_layer: OnLayer) -> None:
-        """Run the task's batches; `on_layer(layer, spans, key, value)` gets numpy arrays [token, kv_head, dim], packed."""
         alignment = None if job.alignment is None else Alignment.from_json(job.alignment)
-        for rows, input_ids in self._batches(job, task):
-            spans = [(task.samples[row].offset, len(task.samples[row].input_ids)) for row in rows]
-            lengths = torch.tensor([length for _, length in spans], device=input_ids.device)
-            valid_BT = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-
-            def take(
-                layer: int, key: torch.Tensor, value: torch.Tensor, spans: Spans = spans, valid_BT: torch.Tensor = valid_BT
-            ) -> None:
-                key_THD, value_THD = key.transpose(1, 2)[valid_BT], value.transpose(1, 2)[valid_BT]
-                if alignment is not None:
-                    aligned = alignment.project(layer, key_THD, value_THD)
-                    key_THD, value_THD = (tensor.to(self._model.dtype) for tensor in aligned)
-                on_layer(layer, spans, _to_numpy(key_THD), _to_numpy(value_THD))
-
-            capture_kv(self._model, self._spec, input_ids, layers=job.layers, on_layer=take)
-
-    def _batches(self, job: Job, task: Task) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Right-padded token ids of every forward pass; causal models need no mask for padding behind."""
-        lengths = [len(sample.input_ids) for sample in task.samples]
-        max_positions = int(self._model.config.get_text_config().max_position_embeddings)
-        alone = length_dependent_rope(self._model.config) is not None
-        for rows in plan_batches(lengths, job.batch_tokens, max_positions, alone=alone):
-            width = lengths[rows[0]] if alone else padded_length(lengths[rows[0]], max_positions)
-            padded = np.zeros((len(rows), width), dtype=np.int64)
-            for position, row in enumerate(rows):
-                padded[position, : lengths[row]] = task.samples[row].input_ids
-            yield rows, torch.from_numpy(padded).to(self._model.device)
+        self._teacher.compute(task.samples, job.layers, alignment, job.batch_tokens, on_layer)
 
 
-def _open_for_writing(store: str, shard: int) -> tuple[Manifest, Calibration]:
+def _num_bytes(captured: Iterable[_Captured]) -> int:
+    """Memory they hold, which for a slice of a larger tensor is that one's."""
+    return sum(tensor.untyped_storage().nbytes() for _, _, *pair in captured for tensor in pair)
+
+
+def _moments(values_THD: Tensor, wanted: np.ndarray) -> ChannelMoments:
+    chosen = values_THD[torch.from_numpy(wanted).to(values_THD.device)]
+    if chosen.device.type == "cpu":
+        return ChannelMoments(len(chosen), power_sums(as_numpy(chosen.float())))
+    return ChannelMoments(len(chosen), power_sums(chosen).cpu().numpy())
+
+
+def _codec_for_writing(store: str, shard: int) -> StoreCodec:
     """Manifest and calibration, read again only when the store has grown."""
-    manifest, calibration = _open_at(store)
-    if shard >= manifest.layout.num_shards:
-        _open_at.cache_clear()
-        manifest, calibration = _open_at(store)
-    return manifest, calibration
+    codec = _codec_at(store)
+    if shard >= codec.manifest.layout.num_shards:
+        _codec_at.cache_clear()
+        codec = _codec_at(store)
+    return codec
 
 
 @functools.lru_cache(maxsize=1)
-def _open_at(store: str) -> tuple[Manifest, Calibration]:
+def _codec_at(store: str) -> StoreCodec:
     storage = locate(store)
     manifest = read_manifest(storage)
-    return manifest, read_calibration(storage, manifest)
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.contiguous().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return np.asarray(tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
-    return np.asarray(tensor.numpy())
+    return StoreCodec(manifest, read_calibration(storage, manifest))
 
 
 def merge_moments(parts: dict[int, Moments]) -> Moments:

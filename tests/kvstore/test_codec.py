@@ -25,6 +25,7 @@ from kvstore.codec import (
     codec_named,
     decode,
     encode,
+    encode_measured,
     format_codecs,
     parse_codecs,
     saturated,
@@ -133,6 +134,52 @@ def test_numpy_and_torch_give_the_same_bits(
     assert saturated(quantizer, torch_codes) == saturated(quantizer, codes)
     if quantizer is None:
         np.testing.assert_array_equal(decoded, values.astype(np.float32))
+
+
+def float64_measures(quantizer: Quantizer | None, values: np.ndarray, mean: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """What `encode_measured` measures, from decoded codes and in float64."""
+    exact = values.astype(np.float64)
+    centred = exact if quantizer is None else exact - mean
+    error = decode(quantizer, encode(quantizer, values, mean, step), mean, step) - exact
+    return np.stack([(centred**2).sum((1, 2)), (error**2).sum((1, 2)), np.full(len(values), np.abs(error).max())])
+
+
+@devices
+@pytest.mark.parametrize("quantizer", [INT8, NIBBLE, E4M3, None], ids=lambda quantizer: quantizer.form if quantizer else "raw")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [6, 16], ids=lambda dim: f"dim{dim}")
+@pytest.mark.parametrize("head_major", [False, True], ids=["token-major", "head-major"])
+def test_encoding_measures_what_it_does_to_each_token(
+    device: str, quantizer: Quantizer | None, dtype: str, dim: int, head_major: bool
+) -> None:
+    values = np.random.default_rng(0).normal(5.0, [[2.0]] * 3 + [[0.1]], size=(70, 4, dim)).astype(DTYPES[dtype])
+    values[7, 1, 2] = 300.0  # far out of every code's range
+    mean, step = fit_quantizer(quantizer or INT8, moments_of(values))
+    expected = float64_measures(quantizer, values, mean, step)
+    codes = encode(quantizer, values, mean, step)
+    if head_major:
+        values = np.ascontiguousarray(values.transpose(1, 0, 2)).transpose(1, 0, 2)
+    there = encode_measured(quantizer, on(device, values), *(on(device, array) for array in (mean, step)))
+    here = encode_measured(quantizer, values, mean, step)
+    assert_same_bits(there.codes, codes)
+    np.testing.assert_array_equal(here.codes, codes)
+    for measures in (here.measures, there.measures.cpu().numpy()):
+        np.testing.assert_allclose(measures, expected, rtol=2e-5, atol=1e-12)
+
+
+@devices
+@pytest.mark.parametrize("quantizer", [INT8, NIBBLE, E4M3, None], ids=lambda quantizer: quantizer.form if quantizer else "raw")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_measures_show_which_token_is_not_finite(device: str, quantizer: Quantizer | None, bad: float) -> None:
+    values = draw_values(0, offset=3.0)
+    mean, step = fit_quantizer(quantizer or INT8, moments_of(values))
+    values[7, 1, 2] = bad
+    channels = (on(device, array) for array in (mean, step))
+    for measures in (
+        encode_measured(quantizer, values, mean, step).measures,
+        encode_measured(quantizer, on(device, values), *channels).measures.cpu().numpy(),
+    ):
+        assert np.flatnonzero(~np.isfinite(measures[0])).tolist() == [7]
 
 
 @pytest.mark.parametrize("quantizer", [INT8, NIBBLE, E4M3], ids=lambda quantizer: quantizer.form)
