@@ -27,8 +27,8 @@ SINK_TOKENS = 4
 # this much, 10 where tails are heavy. 4 for nibbles minimises the squared error of a Gaussian channel.
 _INT8_REACH, _INT8_REACH_HEAVY, _HEAVY_KURTOSIS, _NIBBLE_REACH = 6.0, 10.0, 6.0, 4.0
 
-_PIECE_VALUES = 32_768
-"""A quarter of a megabyte in float64."""
+_PIECE_VALUES = 131_072
+"""A megabyte in float64."""
 
 Channel = Float32[np.ndarray, "kv_head dim"]
 Calibration = Mapping[str, Mapping[Kind, tuple[np.ndarray, np.ndarray]]]

@@ -32,6 +32,8 @@ NIBBLE_MIN, NIBBLE_MAX = -8, 7
 E4M3_MAX = 448.0
 """Largest finite value of float8_e4m3fn (arXiv 2209.05433)."""
 _E4M3_MIN_NORMAL, _E4M3_MANTISSA_BITS = 2.0**-6, 3
+_PIECE_VALUES = 262_144
+"""A megabyte in float32: more leaves the cache and makes malloc fetch fresh pages for every array, less is Python's overhead."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +172,10 @@ def encode(quantizer: Quantizer | None, values: Values, mean: Channels | None, s
         return _bits(values)
     assert mean is not None
     assert step is not None
-    scaled = _deviations(values, mean)
+    xp = array_namespace(values)
+    scaled = _deviations(xp, values, mean)
     scaled /= step[..., None, :, :]
-    return _quantized(quantizer, scaled)[0]
+    return _quantized(xp, quantizer, scaled)[0]
 
 
 def refuse_not_finite(values: Values) -> None:
@@ -195,7 +198,7 @@ class Encoded:
     codes: Shaped[Any, "token kv_head code"]
     measures: Float[Any, "3 token"]
     """Of each token: sum of squared deviations from the channel means (of squares for raw), not finite exactly where a value is
-    not, or is beyond 1e19 and of no use; sum of squared errors; and the largest error among all of these tokens."""
+    not, or is beyond 1e19 and of no use; sum of squared errors; and the largest error of it or a token encoded with it."""
 
 
 def encode_measured(
@@ -203,25 +206,31 @@ def encode_measured(
 ) -> Encoded:
     """The codes of `encode`, measured while the numbers are at hand: nothing is raised and nothing waits for a device.
 
-    Few passes over memory, in place where possible. Errors are exact to float32 rounding.
+    Few passes over memory, in place where possible and on the host in pieces that stay in its cache. Errors are exact to float32
+    rounding.
     """
     xp = array_namespace(values)
+    piece = max(_PIECE_VALUES // int(np.prod(values.shape[1:])), 1)
+    if is_numpy_array(values) and len(values) > piece:
+        pieces = (values[first : first + piece] for first in range(0, len(values), piece))
+        parts = [encode_measured(quantizer, part, mean, step) for part in pieces]
+        return Encoded(np.concatenate([p.codes for p in parts]), np.concatenate([p.measures for p in parts], axis=1))
     if quantizer is None:
         codes = _bits(values)
-        squared = _sum_of_squares(decode(None, codes, None, None))
+        squared = _sum_of_squares(xp, decode(None, codes, None, None))
         return Encoded(codes, xp.stack([squared, xp.zeros_like(squared), xp.zeros_like(squared)]))
     assert mean is not None
     assert step is not None
-    work = _deviations(values, mean)
-    squared = _sum_of_squares(work)
+    work = _deviations(xp, values, mean)
+    squared = _sum_of_squares(xp, work)
     with np.errstate(invalid="ignore"):  # of NaN there are codes too; `measures` tells
         work /= step
-        codes, rounded = _quantized(quantizer, work)
+        codes, rounded = _quantized(xp, quantizer, work)
     work -= rounded
     work *= step
     # Over all of them, for finding it token by token costs more than all the rest.
     largest = xp.maximum(xp.max(work), -xp.min(work)) if work.shape[0] else 0.0
-    return Encoded(codes, xp.stack([squared, _sum_of_squares(work), xp.zeros_like(squared) + largest]))
+    return Encoded(codes, xp.stack([squared, _sum_of_squares(xp, work), xp.zeros_like(squared) + largest]))
 
 
 def decode(
@@ -267,21 +276,18 @@ def _bits(values: Values) -> Codes:
     return values.view(array_namespace(values).uint16) if "bfloat16" in str(values.dtype) else values
 
 
-def _deviations(values: Values, mean: Channels) -> Float32[Any, "*layer token kv_head dim"]:
+def _deviations(xp: Any, values: Values, mean: Channels) -> Float32[Any, "*layer token kv_head dim"]:
     """A new array, to be worked on in place."""
-    xp = array_namespace(values)
     return xp.astype(values, xp.float32, copy=False) - mean[..., None, :, :]
 
 
-def _sum_of_squares(values: Float32[Any, "token kv_head dim"]) -> Float32[Any, "token"]:
-    xp = array_namespace(values)
+def _sum_of_squares(xp: Any, values: Float32[Any, "token kv_head dim"]) -> Float32[Any, "token"]:
     flat = xp.reshape(values, (values.shape[0], -1))
     return xp.vecdot(flat, flat)
 
 
-def _quantized(quantizer: Quantizer, scaled: Any) -> tuple[Codes, Any]:
+def _quantized(xp: Any, quantizer: Quantizer, scaled: Any) -> tuple[Codes, Any]:
     """Codes of numbers in steps, and the numbers they stand for, in float32."""
-    xp = array_namespace(scaled)
     if quantizer.form == "e4m3":
         codes = _e4m3_bits(xp.clip(scaled, -E4M3_MAX, E4M3_MAX))
         return codes, xp.asarray(E4M3_VALUES, device=device(codes))[xp.astype(codes, xp.int64)]
@@ -289,12 +295,11 @@ def _quantized(quantizer: Quantizer, scaled: Any) -> tuple[Codes, Any]:
     rounded = xp.clip(xp.round(scaled), low, high)
     if quantizer.form == "int8":
         return xp.astype(rounded, xp.int8), rounded
-    return _packed(xp.astype(rounded - NIBBLE_MIN, xp.uint8)), rounded
+    return _packed(xp, xp.astype(rounded - NIBBLE_MIN, xp.uint8)), rounded
 
 
-def _packed(code: Any) -> Any:
+def _packed(xp: Any, code: Any) -> Any:
     """Two 4-bit codes in a byte: the first half of the last axis low, the second high."""
-    xp = array_namespace(code)
     half = code.shape[-1] // 2
     if half % 8:
         return code[..., :half] | (code[..., half:] << 4)
