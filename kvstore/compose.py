@@ -18,7 +18,7 @@ from typing import Any
 from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.commits import Commit, SampleRow, committed_shards, read_commit
-from kvstore.drop import BEFORE, dropped_fingerprint, write_dropped
+from kvstore.drop import BEFORE, dropped_fingerprint, read_quarantined, write_dropped
 from kvstore.errors import CorruptShardError, KVStoreError, StoreNotFoundError
 from kvstore.layout import fill_shards, plan_layout
 from kvstore.lease import EVERYTHING, lease
@@ -125,7 +125,9 @@ def make(plan: Plan, purpose: str, progress: Progress) -> RewriteSummary:
     with lease(plan.target, *EVERYTHING, purpose):
         manifest, calibration = _begin(plan, lambda told, of: progress(told, total + of))
         if plan.dropped:
-            write_dropped(plan.target, dict.fromkeys(plan.dropped, BEFORE))
+            reasons = {identity: why for store in plan.stores for identity, why in read_quarantined(store.storage).items()}
+            kept = {identity: reasons[identity] for identity in plan.dropped if identity in reasons}
+            write_dropped(plan.target, dict.fromkeys(plan.dropped, BEFORE), kept)
         committed = committed_shards(plan.target)
         read = functools.lru_cache(maxsize=32)(lambda number, shard: read_commit(plan.stores[number].storage, shard))
         for shard, placed in enumerate(fill_shards([origin.num_tokens for origin in plan.origins], manifest.layout)):

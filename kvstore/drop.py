@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS
 from kvstore.commits import Commit, committed_shards, read_commit
 from kvstore.errors import CorruptShardError, KVStoreError
-from kvstore.lease import EVERYTHING, EXPIRY_S, LEASES, lease
+from kvstore.lease import EVERYTHING, EXPIRY_S, LAYOUT, LEASES, lease
 from kvstore.manifest import SAMPLES, Manifest, read_manifest, write_manifest
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256, fingerprint, read_sealed, write_sealed
@@ -50,15 +52,57 @@ def dropped_shards(storage: Storage) -> dict[str, int]:
         return {}
 
 
-def write_dropped(storage: Storage, shards: Mapping[str, int]) -> None:
-    """Keep the ids of dropped samples; the manifest has their `dropped_fingerprint`."""
-    write_sealed(storage, _DROPPED, {"shards": dict(sorted(shards.items()))})
+def read_quarantined(storage: Storage) -> dict[str, dict[str, str]]:
+    """By id, `source` and `reason` of the samples that were dropped because their teacher could not compute them."""
+    try:
+        return dict(read_sealed(storage, _DROPPED).get("quarantined", {}))
+    except FileNotFoundError:
+        return {}
+
+
+def write_dropped(
+    storage: Storage, shards: Mapping[str, int], quarantined: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> None:
+    """Keep the ids of dropped samples; the manifest has their `dropped_fingerprint`.
+
+    Args:
+        quarantined: what `read_quarantined` gives, of some of them.
+    """
+    body: dict[str, Any] = {"shards": dict(sorted(shards.items()))}
+    if quarantined:
+        body["quarantined"] = {identity: dict(entry) for identity, entry in sorted(quarantined.items())}
+    write_sealed(storage, _DROPPED, body)
 
 
 def dropped_fingerprint(ids: Iterable[str]) -> str | None:
     """What the manifest says under `data.dropped`; None where nothing is."""
     dropped = sorted(ids)
     return fingerprint(dropped) if dropped else None
+
+
+def quarantine_samples(storage: Storage, shard: int, bad: Mapping[str, Mapping[str, str]], purpose: str) -> None:
+    """Drop samples of a shard that is not committed yet, so that it can be committed without them and they never come back.
+
+    Args:
+        bad: by id, `source` and `reason`; neither may hold the sample's text.
+        purpose: of the caller, who holds the shard; waits for the right to change the manifest.
+    """
+    with lease(storage, LAYOUT, LAYOUT + 1, purpose, wait=lambda _: None):
+        dropped = {**dict.fromkeys(bad, shard), **dropped_shards(storage)}
+        write_dropped(storage, dropped, {**read_quarantined(storage), **bad})
+        name_dropped(storage)
+
+
+def name_dropped(storage: Storage) -> Manifest:
+    """Make the manifest name all dropped samples, also those of somebody who was killed before; returns it.
+
+    Whoever calls holds the right to change it.
+    """
+    manifest, digest = read_manifest(storage), dropped_fingerprint(dropped_shards(storage))
+    if manifest.data.get("dropped") != digest:
+        manifest = dataclasses.replace(manifest, data={**manifest.data, "dropped": digest})
+        write_manifest(storage, manifest)
+    return manifest
 
 
 def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, int], object] = lambda *_: None) -> DropSummary:
@@ -89,10 +133,8 @@ def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, i
                 _refuse_damaged(storage, commit)
         # What is dropped is written down first: a resumed extraction must not bring it back.
         if dropped != before:
-            write_dropped(storage, dropped)
-        if manifest.data.get("dropped") != dropped_fingerprint(dropped):
-            manifest = dataclasses.replace(manifest, data={**manifest.data, "dropped": dropped_fingerprint(dropped)})
-            write_manifest(storage, manifest)
+            write_dropped(storage, dropped, read_quarantined(storage))
+        manifest = name_dropped(storage)
         if touched:
             forget(storage, [commit.shard for commit in touched])
             _sweep(storage)

@@ -1,6 +1,7 @@
 """The command line. Parses first and imports what is heavy inside the commands, so that `kvpipe --help` is instant.
 
-Results go to stdout, progress and messages to stderr. Exit status: 0 fine, 1 failed, 2 wrong usage.
+Results go to stdout, progress and messages to stderr. Exit status: 0 fine, 1 failed, 2 wrong usage, 75 stopped by a signal and to
+be run again.
 """
 
 from __future__ import annotations
@@ -82,8 +83,16 @@ def cli() -> None:
 @click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [8192].")
 @click.option("--dtype", help="float32, float16, bfloat16 or auto, the checkpoint's own [auto].")
 @click.option("--device", help="cpu, cuda, cuda:1 ... or auto [auto].")
-@click.option("--workers", type=int, help="Ray workers, one teacher each; 0 runs in this process [0].")
-@click.option("--ray-address", help="A running Ray cluster, for instance 'auto'.")
+@click.option(
+    "--workers", type=int, help="Ray workers, one teacher each; 0 runs in this process, on a cluster one per GPU [0]."
+)
+@click.option("--ray-address", help="A running Ray cluster: 'auto', or host:port.")
+@click.option("--gpus-per-worker", type=int, help="Spread each teacher over so many GPUs of a node [1].")
+@click.option(
+    "--on-bad-sample",
+    type=click.Choice(["fail", "quarantine"]),
+    help="A sample that crashes its worker, raises or gives NaN: end the run and name it, or leave it out and record it [fail].",
+)
 @click.option("--text-field", help="Field of a row that holds the text [text].")
 @click.option("--split", help="Split of a data set [train].")
 @click.option("--limit", type=int, help="Most samples to store.")
@@ -106,6 +115,9 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     """Run a teacher over text and store its keys and values.
 
     The same command again resumes where it was stopped. With other settings on the same --out it refuses and names what differs.
+
+    On SIGTERM or Ctrl-C the tasks in hand are finished, for at most 20 s (--set grace_s=60), and the exit status is 75: run the same
+    command again. A second signal ends at once.
     """
     from pipeline.models import presets
 
@@ -130,15 +142,21 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
         )
 
     from pipeline.models.resolve import resolve_model
+    from pipeline.stop import Interrupted, stop_on_signals
 
-    resolved = resolve_model(chosen.teacher, chosen.revision)
-    from pipeline.executors import ExecutorError
-    from pipeline.extract import extract as run_extract
+    with stop_on_signals(chosen.grace_s, say) as stop:
+        resolved = resolve_model(chosen.teacher, chosen.revision)
+        from pipeline.executors import ExecutorError
+        from pipeline.extract import extract as run_extract
 
-    try:
-        summary = run_extract(chosen, resolved, say)
-    except ExecutorError as error:
-        raise click.ClickException(str(error)) from error
+        try:
+            summary = run_extract(chosen, resolved, say, stop)
+        except ExecutorError as error:
+            raise click.ClickException(str(error)) from error
+        except Interrupted as error:
+            say(f"{error}. The same command goes on from there")
+            sys.stdout.flush()
+            os._exit(os.EX_TEMPFAIL)  # a thread may still be at a task that was given up
     _print_record(dataclasses.asdict(summary), as_json)
 
 

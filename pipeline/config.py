@@ -46,9 +46,15 @@ class ExtractConfig(pydantic.BaseModel):
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1' ...; auto takes a GPU when there is one."""
     workers: int = pydantic.Field(0, ge=0)
-    """Ray workers, each with a teacher of its own; 0 runs in this process."""
+    """Ray workers, each with a teacher of its own. 0 runs in this process; with `ray_address` it is one worker per GPU of the cluster."""
     ray_address: str | None = None
-    """Ray cluster to use, for instance 'auto'; without it a local one is started."""
+    """Ray cluster to use, 'auto' or host:port; without it a local one is started."""
+    gpus_per_worker: int = pydantic.Field(0, ge=0)
+    """GPUs one teacher is spread over, for teachers larger than one GPU; 0 is one where there are any."""
+    on_bad_sample: Literal["fail", "quarantine"] = "fail"
+    """What to do about a sample that crashes its worker, raises or gives NaN: end the run and name it, or leave it out and record it."""
+    grace_s: float = pydantic.Field(20.0, ge=0)
+    """Seconds that tasks in hand get to finish after SIGTERM or Ctrl-C; Slurm and Kubernetes kill after 30."""
     text_field: str = "text"
     """Field of a row that holds the text."""
     split: str = "train"

@@ -19,6 +19,7 @@ from kvstore import Store, StoreNotFoundError
 from kvstore.arrays import read_calibration
 from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, Codec, format_codecs
+from kvstore.drop import name_dropped
 from kvstore.gate import read_gate, write_gate
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
 from kvstore.spec import KVSpec
@@ -76,6 +77,7 @@ def enter(run: Run, signal: Signal, executor: Executor) -> tuple[RunParts, Part]
         return parts, parts.begin(run.first)
     stored = {name: value for name, value in store.manifest.signal.items() if name != "calibration"}
     refuse_mismatch(run.storage.location, stored=stored, wanted=signal.record, what="the signal")
+    name_dropped(run.storage)
     part = parts.begin(run.first)
     if part.is_new:
         known = len(run.first.samples) - part.num_new
@@ -118,7 +120,7 @@ def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Cali
     """
     if not calibration:
         return None
-    samples = run.first.samples
+    samples = [sample for sample in run.first.samples if sample.id not in executor.bad_ids]
     chosen = gate_sequences([len(sample.input_ids) for sample in samples])
     sequences = tuple(samples[index].input_ids for index in chosen)
     codec = format_codecs(signal.codecs)

@@ -40,6 +40,7 @@ from pipeline.parts import Part, RunParts
 from pipeline.plan import Task, estimate_bytes, refuse_tokens
 from pipeline.preflight import existing_folder, refuse_device, refuse_out
 from pipeline.samples import Cutter
+from pipeline.stop import NEVER, Stop
 from pipeline.windows import Limits, Windows
 from pipeline.worker import Job, TaskResult, TeacherInfo, TeacherSource
 
@@ -65,11 +66,19 @@ class ExtractSummary:
 
 
 def extract(
-    config: ExtractConfig, resolved: ResolvedModel, say: Say = lambda text: print(text, file=sys.stderr)
+    config: ExtractConfig,
+    resolved: ResolvedModel,
+    say: Say = lambda text: print(text, file=sys.stderr),
+    stop: Stop = NEVER,
 ) -> ExtractSummary:
     """Run or resume one extraction.
 
+    Args:
+        stop: asked whether to go on; when not, the tasks in hand are finished and what is committed is put into tables.
+
     Raises:
+        Interrupted: it was stopped; the same call goes on from there.
+        BadSampleError: samples cannot be computed; they are named.
         ValueError: a setting, the data or the teacher cannot be used; says which and what to do.
         FingerprintMismatchError: the store at `out` was made with other settings; nothing was written.
         LeaseHeldError: another extraction is writing the same shards.
@@ -94,13 +103,13 @@ def extract(
     run = Run(
         config=config, resolved=resolved, storage=storage, tokenizer=tokenizer, first=first, seq_len=config.seq_len, say=say
     )
-    executor = make_executor(config, resolved)
+    executor = make_executor(config, resolved, say, stop)
     try:
         signal = _signal(run, executor.describe())
         _announce(run, signal)
         with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=say):
             parts, part = enter(run, signal, executor)
-        results, seconds = _run_tasks(run, executor, signal, windows, parts, part)
+        results, seconds = _run_tasks(run, executor, signal, windows, parts, part, stop)
         store = Store(storage)
         if len(store.samples.summary) == store.manifest.layout.num_shards and not store.manifest.is_growing:
             sweep(storage, PURPOSE)
@@ -139,12 +148,22 @@ def _tokens_expected(config: ExtractConfig) -> int | None:
     return min((number for number in (config.max_tokens, config.sample_tokens) if number), default=None)
 
 
-def make_executor(config: ExtractConfig, resolved: ResolvedModel) -> Executor:
+def make_executor(config: ExtractConfig, resolved: ResolvedModel, say: Say, stop: Stop = NEVER) -> Executor:
     """Where the tasks will run: Ray if workers were asked for, else this process."""
-    source = TeacherSource(path=resolved.path, dtype=config.dtype, device=config.device)
+    assert config.out is not None
+    source = TeacherSource(path=resolved.path, dtype=config.dtype, device=config.device, num_gpus=config.gpus_per_worker)
     if config.workers or config.ray_address:
-        return RayExecutor(source, max(config.workers, 1), config.ray_address)
-    return SerialExecutor(source)
+        return RayExecutor(
+            source,
+            config.workers,
+            config.ray_address,
+            gpus_per_worker=config.gpus_per_worker,
+            storage=locate(config.out),
+            on_bad_sample=config.on_bad_sample,
+            stop=stop,
+            say=say,
+        )
+    return SerialExecutor(source, on_bad_sample=config.on_bad_sample, stop=stop, say=say)
 
 
 def _signal(run: Run, info: TeacherInfo) -> Signal:
@@ -221,7 +240,7 @@ def _announce(run: Run, signal: Signal) -> None:
 
 
 def _run_tasks(
-    run: Run, executor: Executor, signal: Signal, windows: Windows, parts: RunParts, first: Part
+    run: Run, executor: Executor, signal: Signal, windows: Windows, parts: RunParts, first: Part, stop: Stop
 ) -> tuple[list[TaskResult], float]:
     """Run the tasks that are not committed, in waves none of which can pass the byte limit."""
     max_bytes = run.config.max_bytes
@@ -245,8 +264,14 @@ def _run_tasks(
                     results.append(result)
                     flow.done(result.shard)
                     bar.update(result.num_tokens)
+                    for bad in result.quarantined:
+                        run.say(f"left out: {bad}")
                 used = _folder_bytes(run.storage)
-                more = flow.is_stopped and len(results) > before
+                more = flow.is_stopped and len(results) > before and not stop.requested
+        if stop.requested:
+            with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=run.say):
+                compact(run.storage)
+            raise stop.interrupted(_how_far(run.storage))
         if flow.is_stopped:
             run.say(
                 f"stopped before --max-bytes {max_bytes:,}: {used:,} bytes are stored, and the next shard could pass the limit; what is "
@@ -256,6 +281,12 @@ def _run_tasks(
             compact(run.storage)
             gate_after(run, signal, executor)
     return results, time.perf_counter() - started
+
+
+def _how_far(storage: Storage) -> str:
+    store = Store(storage)
+    more = " so far" if store.manifest.is_growing else ""
+    return f"{len(store.samples.summary)} of {store.manifest.layout.num_shards} shards planned{more} are committed to {storage.location}"
 
 
 def _own(run: Run, part: Part) -> list[Task]:

@@ -83,7 +83,7 @@ def repair_store(
             storage.delete("gate.json")
         if known:
             say(f"extracting again: shard {', '.join(str(commit.shard) for commit in known)}")
-            lost += _extract_again(storage, known, settings or {})
+            lost += _extract_again(storage, known, settings or {}, say)
         for shard in lost:
             storage.delete(commit_key(shard))
         compact(storage)
@@ -126,7 +126,7 @@ def _delete_tables(storage: Storage) -> None:
             storage.delete(entry.key)
 
 
-def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[str, Any]) -> list[int]:
+def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[str, Any], say: Say) -> list[int]:
     """Compute shards from the samples their commits name; returns those whose tokens are lost."""
     store = Store(storage, commits)
     config = _recorded_config(store, commits[0].shard, settings)
@@ -135,7 +135,7 @@ def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[s
     tasks, lost = _tasks_of(store, commits, tokenizer)
     if not tasks:
         return lost
-    executor = make_executor(config, resolved)
+    executor = make_executor(config, resolved, say)
     try:
         manifest = store.manifest
         alignment = None if manifest.alignment is None else Alignment.from_json(manifest.alignment)

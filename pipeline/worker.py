@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore import open_store
+from kvstore import CodecError, open_store
 from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration, ChannelMoments, calibration_mask, power_sums
 from kvstore.codec import KINDS, Kind, format_codecs, parse_codecs
@@ -33,6 +33,7 @@ from pipeline.gate import GateResult, codec_round_trip, run_gate, run_stored_gat
 from pipeline.models.load import load_causal_lm
 from pipeline.models.probe import probe_causal, probe_kv_spec
 from pipeline.plan import Task
+from pipeline.quarantine import BadSample
 from pipeline.teacher import Batch, OnLayer, Teacher
 
 KEPT_BYTES = 256 * 2**20
@@ -52,6 +53,8 @@ class TeacherSource:
     """Local folder with config and safetensors."""
     dtype: str
     device: str
+    num_gpus: int = 0
+    """GPUs of this process to spread it over; 0 leaves that to `device`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,8 @@ class TaskResult:
     encode_s: float
     write_s: float
     """Compressing, hashing, writing and committing."""
+    quarantined: tuple[BadSample, ...] = ()
+    """Samples that were planned for this shard and could not be computed."""
 
 
 class Worker:
@@ -136,6 +141,9 @@ class Worker:
         """Compute a task and return the moments of its numbers, sink positions left out.
 
         On the CPU, where a forward pass is dear, the numbers are kept for `run` as far as KEPT_BYTES go.
+
+        Raises:
+            CodecError: a value is not finite; the sample is named.
         """
         # By first token of the batch: what memory ran out for comes again, in parts.
         sums: dict[tuple[int, int], dict[Kind, ChannelMoments]] = {}
@@ -143,6 +151,7 @@ class Worker:
         room = KEPT_BYTES - sum(_num_bytes(kept) for kept in self._kept.values())
 
         def take(layer: int, batch: Batch, key: Tensor, value: Tensor) -> None:
+            _refuse_not_finite(task, layer, batch, key, value)
             where, wanted = (batch.samples[0].offset, layer), calibration_mask(batch.lengths)
             sums[where] = {kind: _moments(values, wanted) for kind, values in zip(KINDS, (key, value), strict=True)}
             if key.device.type == "cpu" and _num_bytes(captured.values()) < room:
@@ -157,6 +166,15 @@ class Worker:
             for kind, part in found.items():
                 moments.setdefault((layer, kind), ChannelMoments.zeros(*part.sums.shape[1:])).merge(part)
         return moments
+
+    def probe(self, job: Job, task: Task) -> None:
+        """Compute a task and keep nothing: does it go well?
+
+        Raises:
+            CodecError: a value is not finite; the sample is named.
+        """
+        with self._teacher.lock:
+            self._compute(job, task, functools.partial(_refuse_not_finite, task))
 
     def run(self, job: Job, task: Task, replace: bool = False) -> TaskResult:
         """Compute a task and commit its shard; one that is committed already is written again only with `replace`.
@@ -267,6 +285,18 @@ def _codec_at(store: str) -> StoreCodec:
     storage = locate(store)
     manifest = read_manifest(storage)
     return StoreCodec(manifest, read_calibration(storage, manifest))
+
+
+def _refuse_not_finite(task: Task, layer: int, batch: Batch, key_THD: Tensor, value_THD: Tensor) -> None:
+    for kind, values in zip(KINDS, (key_THD, value_THD), strict=True):
+        finite = torch.isfinite(values).flatten(1).all(dim=1)
+        if not finite.all():
+            ends = np.cumsum(batch.lengths)
+            row = batch.samples[int(np.searchsorted(ends, int(finite.int().argmin()), side="right"))].row
+            raise CodecError(
+                f"shard {task.shard}, sample {row.id[:12]} ({row.source}), layer {layer}, {kind}: got NaN or infinity from the teacher, "
+                "expected finite values"
+            )
 
 
 def merge_moments(parts: dict[int, Moments]) -> Moments:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 """Ours that a room may import beside itself."""
 
 ONLY_IN = {
-    "ray": {"pipeline/executors.py"},
+    "ray": {"pipeline/executors"},
     "zarr": {"kvstore"},
     "tensorstore": {"kvstore"},
     "datasets": {"pipeline/documents.py"},

@@ -380,7 +380,7 @@ def test_two_ray_workers_one_of_which_is_killed_and_replaced_store_the_same_bits
 
     def say(text: str) -> None:
         if "about" in text and not killed:
-            workers = [child for child in psutil.Process().children(recursive=True) if "ray::Worker" in _title(child)]
+            workers = [child for child in psutil.Process().children(recursive=True) if "ray::RayWorker" in _title(child)]
             killed.append(workers[0].pid)
             workers[0].send_signal(signal.SIGKILL)
 

@@ -42,7 +42,7 @@ def _wait_for_a_random_moment(process: subprocess.Popen[bytes], commits: Path, d
 def _kill(process: subprocess.Popen[bytes], draw: random.Random) -> None:
     """SIGKILL the driver, or one of its Ray workers first and the driver a moment later."""
     if draw.random() < 0.5:
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::Worker" in _title(child)]
+        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::RayWorker" in _title(child)]
         if workers:
             draw.choice(workers).send_signal(signal.SIGKILL)
             time.sleep(draw.uniform(0, 0.5))
