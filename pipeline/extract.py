@@ -268,17 +268,15 @@ def _run_tasks(
                         run.say(f"left out: {bad}")
                 used = _folder_bytes(run.storage)
                 more = flow.is_stopped and len(results) > before and not stop.requested
-        if stop.requested:
-            with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=run.say):
-                compact(run.storage)
-            raise stop.interrupted(_how_far(run.storage))
-        if flow.is_stopped:
+        if flow.is_stopped and not stop.requested:
             run.say(
                 f"stopped before --max-bytes {max_bytes:,}: {used:,} bytes are stored, and the next shard could pass the limit; what is "
                 "committed can be used, and the same command with a larger limit goes on"
             )
         with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
             compact(run.storage)
+            if stop.requested:
+                raise stop.interrupted(_how_far(run.storage))
             gate_after(run, signal, executor)
     return results, time.perf_counter() - started
 
