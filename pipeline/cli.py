@@ -144,19 +144,20 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     from pipeline.models.resolve import resolve_model
     from pipeline.stop import Interrupted, stop_on_signals
 
-    with stop_on_signals(chosen.grace_s, say) as stop:
-        resolved = resolve_model(chosen.teacher, chosen.revision)
-        from pipeline.executors import ExecutorError
-        from pipeline.extract import extract as run_extract
+    try:
+        with stop_on_signals(chosen.grace_s, say) as stop:
+            resolved = resolve_model(chosen.teacher, chosen.revision)
+            from pipeline.executors import ExecutorError
+            from pipeline.extract import extract as run_extract
 
-        try:
-            summary = run_extract(chosen, resolved, say, stop)
-        except ExecutorError as error:
-            raise click.ClickException(str(error)) from error
-        except Interrupted as error:
-            say(f"{error}. The same command goes on from there")
-            sys.stdout.flush()
-            os._exit(os.EX_TEMPFAIL)  # a thread may still be at a task that was given up
+            try:
+                summary = run_extract(chosen, resolved, say, stop)
+            except ExecutorError as error:
+                raise click.ClickException(str(error)) from error
+    except Interrupted as error:
+        say(f"{error}. The same command goes on from there")
+        sys.stdout.flush()
+        os._exit(os.EX_TEMPFAIL)  # a thread may still be at a task that was given up
     _print_record(dataclasses.asdict(summary), as_json)
 
 

@@ -93,19 +93,30 @@ def _signals_kept() -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    told = False
     try:
         yield
+    except SystemExit as error:  # what Ray's handler raises when another thread took the signal
+        told = error.code == signal.SIGTERM
+        if not told:
+            raise
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if told:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _end_together(processes: list[psutil.Process]) -> None:
     """Once Ray has ended the first of its processes, end the others: they hold SIGTERM back, and Ray would give each a second."""
+    theirs = [*processes]
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            theirs += process.children(recursive=True)
     while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
         time.sleep(0.05)
-    for process in processes:
+    for process in theirs:
         with contextlib.suppress(psutil.Error):
             process.kill()
 
