@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.drop import read_dropped
+from kvstore.drop import read_dropped, read_quarantined
 from kvstore.gate import read_gate
 from kvstore.manifest import Manifest
 from kvstore.reader import Store
@@ -50,6 +50,7 @@ def describe(store: Store) -> dict[str, Any]:
         and {name: manifest.alignment[name] for name in ("layer_map", "layer_map_name", "baked")},
         "parts": manifest.data.get("parts", []),
         "dropped": len(read_dropped(store.storage)),
+        "quarantined": read_quarantined(store.storage),
         "merged_from": _from_runs(manifest, "merged_from"),
         "recoded_from": _from_runs(manifest, "recoded_from"),
         "gate": {when: result for when, result in read_gate(store.storage).items() if when in ("before", "after")},

@@ -52,6 +52,10 @@ def growth_lines(record: dict[str, Any]) -> dict[str, str]:
         )
     if record["dropped"]:
         lines["dropped"] = f"{record['dropped']:,} samples"
+    if quarantined := record["quarantined"]:
+        first = next(iter(quarantined.values()))
+        more = f"; and {len(quarantined) - 1:,} more, see --json" if len(quarantined) > 1 else ""
+        lines["left out"] = f"of the dropped {len(quarantined):,}: {first['source']}: {first['reason']}{more}"
     if record["merged_from"]:
         lines["merged"] = "from " + ", ".join(
             f"{origin['location']} ({origin['fingerprint'][:8]})" for origin in record["merged_from"]

@@ -25,7 +25,8 @@ _ECHO_S = 0.5
 """A signal to a whole group of processes may reach a worker before us: so long a loss waits for its explanation."""
 SLOTS = 2
 """Tasks of one worker at a time: one computes while the other encodes and writes."""
-_MAX_CRASHES = 3
+_MAX_CRASHES = 2
+"""The first with whatever else its worker was at, the second alone; before a sample is blamed it crashes another, alone."""
 _MAX_LOSSES = 5
 
 

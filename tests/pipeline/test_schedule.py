@@ -63,7 +63,7 @@ class ScriptedPool:
         self.most_at_once[worker] = max(self.most_at_once[worker], at_once)
         return call
 
-    def wait(self, handles: Collection[Call], timeout_s: float) -> list[Call]:
+    def wait(self, handles: Collection[Call], timeout_s: float) -> list[Call]:  # noqa: ARG002
         assert handles
         return [next(call for call in self.calls if call in handles)]
 
@@ -97,16 +97,16 @@ class ScriptedPool:
 
 
 def result_of(task: Task) -> TaskResult:
-    return TaskResult(
-        shard=task.shard, num_samples=len(task.samples), num_tokens=0, stored_bytes=0, compute_s=0.0, write_s=0.0
-    )
+    return TaskResult(shard=task.shard, num_samples=len(task.samples), num_tokens=0, stored_bytes=0, compute_s=0.0, write_s=0.0)
 
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job whose store remembers what is quarantined."""
     monkeypatch.setattr(schedule, "_ECHO_S", 0.0)
-    monkeypatch.setattr(schedule, "quarantine_samples", lambda storage, shard, bad, purpose: RECORDED.append((shard, dict(bad))))
+    monkeypatch.setattr(
+        schedule, "quarantine_samples", lambda storage, shard, bad, purpose: RECORDED.append((shard, dict(bad)))
+    )
     RECORDED.clear()
     return Job(store=str(tmp_path), layers=(0,), alignment=None, batch_tokens=64)
 
@@ -267,7 +267,9 @@ def test_a_task_that_fails_only_as_a_whole_is_run_again_and_then_ends_the_run(jo
             raise RuntimeError("out of memory")
 
     pool = ScriptedPool(1, behave)
-    with pytest.raises(ExecutorError, match=r"(?s)shard 3: its task fails \(RuntimeError: out of memory\).*smaller --batch-tokens"):
+    with pytest.raises(
+        ExecutorError, match=r"(?s)shard 3: its task fails \(RuntimeError: out of memory\).*smaller --batch-tokens"
+    ):
         list(executor_on(pool, on_bad_sample="quarantine").run(job, [make_task(8, 3)]))
     assert not RECORDED
 
@@ -307,7 +309,7 @@ def test_workers_that_die_while_they_load_end_the_run(job: Job) -> None:
     def behave(method: str, task: Task, worker: int) -> None:
         raise WorkerLost("memory", "killed")
 
-    with pytest.raises(ExecutorError, match="loading the teacher: a worker was lost.*5 losses in a row"):
+    with pytest.raises(ExecutorError, match=r"loading the teacher: a worker was lost.*5 losses in a row"):
         executor_on(ScriptedPool(1, behave))
 
 

@@ -170,13 +170,12 @@ with stop_on_signals(60.0, print) as stop, stop.deferred():
 def test_a_signal_is_heard_where_it_finds_us_or_when_we_look() -> None:
     told: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
-    with stop_on_signals(5.0, told.append) as stop:
-        with stop.deferred():
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.requested
-            assert not stop.is_over
-            with pytest.raises(Interrupted, match="stopped by SIGTERM"), stop.deferred(False):
-                raise AssertionError("went on although it was to stop")
+    with stop_on_signals(5.0, told.append) as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        assert not stop.is_over
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"), stop.deferred(False):
+            raise AssertionError("went on although it was to stop")
     assert signal.getsignal(signal.SIGTERM) is before
     assert told == [
         "SIGTERM: no further task is begun; those in hand get 5 s to finish. The same signal again ends all at once"
