@@ -15,6 +15,7 @@ READY_TIMEOUT_S = 1800.0
 POLL_S = 0.5
 """How often to look whether to stop; results are taken at once."""
 _NOTICE_S = 60.0
+_MOST_WAIT_S = 30.0
 _MAX_LOST_IN_A_ROW = 5
 _LOST_PER_WORKER = 3
 LOOK_AT = {
@@ -35,8 +36,11 @@ class Crew:
         self.ready: list[Worker] = []
         """Those with a teacher."""
         self.starting: dict[Handle, Worker] = {}
+        self._due: list[tuple[float, Worker]] = []
+        """When to start a worker in place of which."""
         self._lost_in_a_row = 0
         self._last_loss = ""
+        self._none_since_s: float | None = None
 
     def start(self) -> list[TeacherInfo]:
         """Start all workers and wait until each has loaded its teacher.
@@ -47,8 +51,9 @@ class Crew:
         self.starting = {handle: worker for worker, handle in self.pool.workers()}
         infos: list[TeacherInfo] = []
         started, noticed = time.monotonic(), False
-        while self.starting:
-            for handle in self.pool.wait(list(self.starting), POLL_S):
+        while self.starting or self._due:
+            self._replace_due()
+            for handle in self.pool.wait(list(self.starting), POLL_S) if self.starting else ():
                 infos += self.started(handle, must=True)
             waited = time.monotonic() - started
             if waited > _NOTICE_S and not noticed:
@@ -64,18 +69,37 @@ class Crew:
 
     def one(self) -> Worker:
         """A worker with a teacher, after waiting for one if need be."""
-        deadline = time.monotonic() + self._ready_timeout_s
         while not self.ready:
-            self.refuse_none(timed_out=time.monotonic() > deadline)
-            for handle in self.pool.wait(list(self.starting), POLL_S):
-                self.started(handle)
+            self.wait([])
         return self.ready[0]
 
-    def refuse_none(self, *, timed_out: bool = False) -> None:
-        """Refuse to go on where there is no worker and none to come."""
-        if not self.ready and (timed_out or not self.starting):
+    def wait(self, handles: Collection[Handle]) -> list[Handle]:
+        """Those of the work that are done, after a moment at most; meanwhile new workers get ready.
+
+        Raises:
+            ExecutorError: there is no worker, and none comes.
+        """
+        self._replace_due()
+        self._refuse_none()
+        waited_for = [*handles, *self.starting]
+        if not waited_for:
+            time.sleep(POLL_S)
+            return []
+        done = self.pool.wait(waited_for, POLL_S)
+        for handle in [handle for handle in done if handle in self.starting]:
+            self.started(handle)
+        return [handle for handle in done if handle in handles]
+
+    def _refuse_none(self) -> None:
+        """Refuse to go on where there is no worker and none to come, or none has come for too long."""
+        if self.ready:
+            self._none_since_s = None
+            return
+        self._none_since_s = self._none_since_s or time.monotonic()
+        waited = time.monotonic() - self._none_since_s
+        if not (self.starting or self._due) or waited > self._ready_timeout_s:
             raise ExecutorError(
-                f"no worker is left, and none could be started in place of the lost ones ({self._last_loss}). {KEPT}"
+                f"no worker is left, and none came in place of the lost ones within {waited:.0f} s. {self._last_loss}. {KEPT}"
             )
 
     def started(self, handle: Handle, *, must: bool = False) -> list[TeacherInfo]:
@@ -115,10 +139,19 @@ class Crew:
             raise ExecutorError(
                 f"{self._last_loss}. These were {self._lost_in_a_row} losses in a row with nothing done in between. {KEPT}"
             ) from loss
-        replacement = self.pool.replace(worker)
-        if replacement is not None:
-            new, handle = replacement
-            self.starting[handle] = new
+        # Memory that is short now may be free in a moment, and a new worker takes some at once.
+        wait_s = min(2.0**self._lost_in_a_row, _MOST_WAIT_S) if loss.kind == "memory" else 0.0
+        self._due.append((time.monotonic() + wait_s, worker))
+        self._replace_due()
+
+    def _replace_due(self) -> None:
+        """Start workers in place of lost ones whose time has come."""
+        now = time.monotonic()
+        due, self._due = [entry for entry in self._due if entry[0] <= now], [entry for entry in self._due if entry[0] > now]
+        for _, worker in due:
+            if (replacement := self.pool.replace(worker)) is not None:
+                new, handle = replacement
+                self.starting[handle] = new
 
     def retire(self, worker: Worker) -> None:
         """Count on a worker no longer."""
@@ -131,13 +164,6 @@ class Crew:
 
     def close(self) -> None:
         self.pool.close()
-
-
-def wait_for(pool: Pool, handle: Handle) -> Collection[Handle]:
-    """Wait for one result, in steps after which signals are heard."""
-    while not (done := pool.wait([handle], POLL_S)):
-        pass
-    return done
 
 
 def one_line(error: Exception) -> str:

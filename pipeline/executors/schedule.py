@@ -15,7 +15,7 @@ from kvstore import CodecError, KVStoreError
 from kvstore.drop import quarantine_samples
 from kvstore.storage import locate
 from pipeline.executors.base import ExecutorError, Handle, OnBadSample, Pool, Say, Worker, WorkerLost
-from pipeline.executors.crew import KEPT, LOOK_AT, POLL_S, READY_TIMEOUT_S, Crew, one_line, wait_for
+from pipeline.executors.crew import KEPT, LOOK_AT, READY_TIMEOUT_S, Crew, one_line
 from pipeline.plan import Task, TaskSample
 from pipeline.quarantine import BadSample, BadSampleError, Search, allowance, bad_samples, refusal, search, without
 from pipeline.stop import NEVER, Interrupted, Stop
@@ -102,7 +102,8 @@ class ScheduledExecutor:
             worker = self.crew.one()
             handle = self.crew.pool.start(worker, question, *arguments)
             try:
-                wait_for(self.crew.pool, handle)
+                while not self.crew.wait([handle]):
+                    pass
                 answer = self.crew.pool.result(handle)
             except WorkerLost as loss:
                 self.crew.lose(worker, loss, question)
@@ -147,14 +148,11 @@ class _Round:
                     pass
                 if not self._running and (not self._may_begin() or self._is_done()):
                     break
-                self._crew.refuse_none()
-                done = self._pool.wait([*self._running, *self._crew.starting], POLL_S)
+                done = self._crew.wait(self._running)
                 if self._stop.is_over:
                     break
                 for handle in done:
-                    if handle in self._crew.starting:
-                        self._crew.started(handle)
-                    elif handle in self._running:  # not so when its worker was lost a moment ago
+                    if handle in self._running:  # not so when its worker was lost a moment ago
                         yield from self._finish(handle)
             if self._error is not None and not self._stop.requested:
                 raise self._error

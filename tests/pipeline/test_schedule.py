@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvstore import CodecError, StoreWriteError
-from pipeline.executors import Executor, ExecutorError, schedule
+from pipeline.executors import Executor, ExecutorError, crew, schedule
 from pipeline.executors.base import Loss, Pool, WorkerLost
 from pipeline.executors.schedule import ScheduledExecutor
 from pipeline.plan import Task
@@ -104,9 +104,8 @@ def result_of(task: Task) -> TaskResult:
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job whose store remembers what is quarantined."""
     monkeypatch.setattr(schedule, "_ECHO_S", 0.0)
-    monkeypatch.setattr(
-        schedule, "quarantine_samples", lambda storage, shard, bad, purpose: RECORDED.append((shard, dict(bad)))
-    )
+    monkeypatch.setattr(crew, "_MOST_WAIT_S", 0.0)
+    monkeypatch.setattr(schedule, "quarantine_samples", lambda _, shard, bad, __: RECORDED.append((shard, dict(bad))))
     RECORDED.clear()
     return Job(store=str(tmp_path), layers=(0,), alignment=None, batch_tokens=64)
 
@@ -305,10 +304,11 @@ def test_losses_in_a_row_with_nothing_done_in_between_end_the_run(job: Job) -> N
         list(executor_on(pool).run(job, [make_task(1, shard) for shard in range(20)]))
 
 
-def test_workers_that_die_while_they_load_end_the_run(job: Job) -> None:
+def test_workers_that_die_while_they_load_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def behave(method: str, task: Task, worker: int) -> None:
         raise WorkerLost("memory", "killed")
 
+    monkeypatch.setattr(crew, "_MOST_WAIT_S", 0.0)
     with pytest.raises(ExecutorError, match=r"loading the teacher: a worker was lost.*5 losses in a row"):
         executor_on(ScriptedPool(1, behave))
 
