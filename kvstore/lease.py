@@ -116,7 +116,6 @@ def lease(
         machine=_machine(),
         started_s=psutil.Process().create_time(),
     )
-    _acquire(storage, key, own, wait, tries, expiry_s)
     done = threading.Event()
 
     def touch() -> None:
@@ -125,12 +124,14 @@ def lease(
                 _put(storage, key, own)
 
     thread = threading.Thread(target=touch, name="lease", daemon=True)
-    thread.start()
     try:
+        _acquire(storage, key, own, wait, tries, expiry_s)
+        thread.start()
         yield
     finally:
         done.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
         with contextlib.suppress(OSError):  # what the block raised matters more, and a claim without touch expires
             storage.delete(key)
 

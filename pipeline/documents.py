@@ -24,6 +24,7 @@ _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".jso
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SHUFFLE_BUFFER = 10_000
 _ZSTD_BYTES_AT_ONCE = 4096  # what comes of them is in memory at once: seldom over 100 KB, and never over 128 MB
+_ROWS_AT_ONCE = 128
 TEXT_BYTES_AT_ONCE = 16 * 2**20
 """A larger text file is several documents, cut at line ends, so that no file is in memory whole."""
 _CHAT_FIELDS = ("messages", "conversations")
@@ -217,8 +218,10 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        file = pq.ParquetFile(path)
+        for number in range(file.num_row_groups):  # one by one, for of several it reads all ahead
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[number]):
+                yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"--data: {path} is not readable parquet: {error}; repair it or leave it out") from error
 

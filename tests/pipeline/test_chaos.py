@@ -69,25 +69,29 @@ def as_parquet(rows: list[str]) -> bytes:
 KINDS = {
     "jsonl": as_jsonl,
     "jsonl.gz": lambda rows: gzip.compress(as_jsonl(rows)),
-    "jsonl.zst": lambda rows: zstandard.compress(as_jsonl(rows)),
+    "jsonl.zst": lambda rows: b"".join(
+        zstandard.compress(as_jsonl(rows[first : first + 20])) for first in range(0, len(rows), 20)
+    ),
     "parquet": as_parquet,
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["jsonl.zst", "parquet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("jsonl", "jsonl.gz"))]
+)
 def test_a_data_file_cut_off_while_it_is_read_is_named_and_what_was_planned_is_kept(
     kind: str, teacher: Path, tmp_path: Path
 ) -> None:
     corpus = tmp_path / f"corpus.{kind}"
     draw = random.Random(3)
-    rows = ["".join(draw.choices("abcdefgh ijkl0123456789", k=200)) for _ in range(3000)]
+    rows = ["".join(draw.choices("abcdefgh ijkl0123456789", k=100)) for _ in range(3000)]
     whole = KINDS[kind](rows)
     corpus.write_bytes(whole)
-    config = config_of(teacher, corpus, tmp_path / "store", window_tokens=4000, max_tokens=12_000)
+    config = config_of(teacher, corpus, tmp_path / "store", window_tokens=2000, max_tokens=16_000)
     run(config.model_copy(update={"out": str(tmp_path / "whole")}))
 
     def cut(text: str) -> None:
-        if "at most" in text:  # the first window is planned, and read ahead is little
+        if "up to" in text:  # the first window is planned, and read ahead is little
             os.truncate(corpus, len(whole) // 100)
 
     endless = config.model_copy(update={"max_tokens": 10**6})

@@ -97,7 +97,17 @@ class ScriptedPool:
 
 
 def result_of(task: Task) -> TaskResult:
-    return TaskResult(shard=task.shard, num_samples=len(task.samples), num_tokens=0, stored_bytes=0, compute_s=0.0, write_s=0.0)
+    return TaskResult(
+        shard=task.shard,
+        num_samples=len(task.samples),
+        num_tokens=0,
+        stored_bytes=0,
+        batch_tokens=1,
+        compute_s=0.0,
+        copy_s=0.0,
+        encode_s=0.0,
+        write_s=0.0,
+    )
 
 
 @pytest.fixture
