@@ -23,7 +23,8 @@ class RopeSpec:
     kind: RopeKind
     """`half` rotates channels (i, i + rotary_dim/2), `interleaved` rotates (2i, 2i + 1)."""
     inv_freq: tuple[float, ...]
-    """Radians per position of each channel pair, after any scaling of the model; `rotary_dim` is twice their number."""
+    """Radians per position of each channel pair, after any scaling of the model, negative where the second channel turns
+    towards the first; `rotary_dim` is twice their number."""
     start: int = 0
     """First rotated channel of a head; others pass through."""
     attention_scaling: float = 1.0
@@ -45,7 +46,10 @@ class LayerSpec:
     key_dim: int
     value_dim: int
     rope: int | None
-    """Index into `KVSpec.ropes`; None where keys are not rotated (learned positions, ALiBi, NoPE)."""
+    """Index into `KVSpec.ropes`; None where nothing is rotated (learned positions, ALiBi, NoPE)."""
+    latent: bool = False
+    """Multi-head latent attention (DeepSeek): `key` is the latent all keys and values are made of, never rotated; `value` is the
+    key part all heads share, which is what `rope` rotates."""
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -62,7 +66,7 @@ class KVSpec:
     ropes: tuple[RopeSpec, ...]
     """The distinct rotary embeddings the layers refer to."""
     key_domain: KeyDomain = "pre_rope"
-    """Whether keys are given before or after rotation."""
+    """Whether keys, and values of latent layers, are given before or after rotation."""
     dtype: Dtype
     """What the numbers were when the model produced them; not how they lie on disk."""
 
@@ -95,7 +99,7 @@ class KVSpec:
         raise ValueError(f"layer {number} is not here; there are layers {format_layers(self.layer_numbers)}")
 
     def rope_of(self, number: int) -> RopeSpec | None:
-        """Rotary embedding of that layer, None where its keys are not rotated."""
+        """Rotary embedding of that layer's keys (values, if it is latent), None where there is none."""
         index = self.layer(number).rope
         return None if index is None else self.ropes[index]
 

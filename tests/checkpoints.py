@@ -47,9 +47,14 @@ def tiny_config(model_type: str, **over: Any) -> Any:
 
 def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **over: Any) -> Any:
     """A causal language model with random weights, the same for the same seed; biases and norms are random too."""
+    return randomised(tiny_config(model_type, **over), seed, dtype)
+
+
+def randomised(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a config with random weights, biases and norms, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **over), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

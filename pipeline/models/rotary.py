@@ -63,6 +63,8 @@ def rotate(
     """Return keys as the attention uses them, `(x1 c - x2 s, x2 c + x1 s)`; in float32, rounded once to the dtype of `key`."""
     # A model spread over devices gets its tables moved after our hook has seen them.
     cos, sin = (table.unsqueeze(1).to(key.device) for table in tables)
+    if min(rope.inv_freq) < 0:  # tables are of positive angles
+        sin = -sin
     stop = rope.start + rope.rotary_dim
     turning = key[..., rope.start : stop].float()
     if rope.kind == "half":

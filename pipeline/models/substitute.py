@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from kvstore.spec import KVSpec
-from pipeline.models.capture import CaptureError, KeyValue, Rotations, modules_of, tapped
-from pipeline.models.rotary import rotate, unrotate
+from pipeline.models.attention import CaptureError, attention_modules, tapped
+from pipeline.models.capture import require_layers
+from pipeline.models.passage import KeyValue, Passages
 
 Replace = Callable[[int, Tensor, Tensor], KeyValue]
 """Called with layer number, key and value `[batch, kv_head, token, dim]`, keys in the domain of the spec; returns what attention
@@ -34,26 +35,34 @@ def substituted(model: nn.Module, spec: KVSpec, replace: Replace, layers: Sequen
         CaptureError: the model lacks such a layer, or `replace` gave tensors of another kind; raised by the forward.
     """
     chosen = spec.select(spec.layer_numbers if layers is None else layers)
-    rotations = Rotations(model, chosen)
+    wanted = set(chosen.layer_numbers)
+    passages = Passages(model, chosen)
+    seen: set[int] = set()
 
-    def swap(layer: int, key: Tensor, value: Tensor, position_embeddings: object) -> KeyValue:
-        rotation = rotations.of(layer, position_embeddings)
-        own = key if rotation is None else unrotate(key, *rotation)
-        new_key, new_value = replace(layer, own, value)
-        for kind, new, old in (("key", new_key, key), ("value", new_value, value)):
+    def begin(*_: object) -> None:
+        passages.clear()
+        seen.clear()
+
+    def swap(layer: int, key: Tensor, value: Tensor, tables: object) -> KeyValue | None:
+        if layer not in wanted:
+            return None
+        seen.add(layer)
+        passage = passages.of(layer, key, value, tables)
+        own_key, own_value = passage.to_spec(key, value)
+        new_key, new_value = replace(layer, own_key, own_value)
+        for kind, new, old in (("key", new_key, own_key), ("value", new_value, own_value)):
             if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
                 raise CaptureError(
                     f"layer {layer}: the replaced {kind} is {_describe(new)}, expected {_describe(old)} as attention has it. "
                     "Is it of another sample, or of another model?"
                 )
-        return (new_key if rotation is None else rotate(new_key, *rotation)), new_value
+        return passage.to_attention(new_key, new_value)
 
-    with tapped(modules_of(model, chosen), swap):
-        forgetting = model.register_forward_pre_hook(lambda *_: rotations.clear())
-        try:
-            yield
-        finally:
-            forgetting.remove()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tapped(attention_modules(model), swap))
+        stack.callback(model.register_forward_pre_hook(begin).remove)
+        stack.callback(model.register_forward_hook(lambda *_: require_layers(model, wanted, seen)).remove)
+        yield
 
 
 def _describe(tensor: Tensor) -> str:
