@@ -48,13 +48,13 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
     return [
         AttentionModule(name=name, module=module, cache_argument=argument)
         for name, module in model.named_modules()
-        if (argument := _cache_argument(type(module))) is not None
+        if (argument := _cache_argument(type(module).forward)) is not None
     ]
 
 
 @functools.cache
-def _cache_argument(kind: type[nn.Module]) -> str | None:
-    forward = inspect.unwrap(kind.forward)
+def _cache_argument(forward: Callable[..., Any]) -> str | None:
+    forward = inspect.unwrap(forward)
     if "update" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return None
     parameters = inspect.signature(forward).parameters

@@ -107,10 +107,17 @@ def _validate_weights(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def _validate_causal(path: Path, model: PreTrainedModel) -> None:
-    from pipeline.models.capture import attention_modules
+    from pipeline.models.attention import attention_modules
 
-    for attention in attention_modules(model).values():
+    causal_at, others = set(), []
+    for attention in attention_modules(model):
         if getattr(attention.module, "is_causal", True) is False:
+            others.append(attention)
+        else:
+            causal_at.add(attention.layer)
+    # A decoder's cross-attention is not causal either, but has self-attention beside it.
+    for attention in others:
+        if attention.layer not in causal_at:
             raise ModelLoadError(
                 f"{path}: {type(model).__name__} attends to later tokens ({attention.name}.is_causal is False, config "
                 f"is_decoder {getattr(model.config, 'is_decoder', None)}); kvpipe needs a decoder that reads left to right"

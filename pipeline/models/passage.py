@@ -89,5 +89,6 @@ class Passages:
 
 def is_repeated(states: Float[Tensor, "batch head token dim"], repeats: int) -> bool:
     """Whether every group of that many heads in a row holds one head, bit for bit."""
-    groups = states.detach().unflatten(1, (-1, repeats))
+    batch, _, num_tokens, dim = states.shape
+    groups = states.detach().reshape(batch, -1, repeats, num_tokens, dim)
     return torch.equal(groups, groups[:, :, :1].expand_as(groups))

@@ -26,7 +26,7 @@ ROTATED = 0.2
 WARM_UP = 8
 """First positions left out: a short causal convolution before the keys (Inkling, Zaya) sees zeros there."""
 USUAL_BASE = 10_000.0
-"""Base of the tables of models that have no frequencies to read, only the tables (GPT-J, CodeGen, RoFormer)."""
+"""Base of nearly all tables of models that keep no frequencies, only the tables (GPT-J, CodeGen, RoFormer)."""
 
 
 @contextlib.contextmanager
@@ -52,9 +52,7 @@ def constant_rows(modules: Iterable[AttentionModule]) -> Iterator[None]:
         yield
 
 
-def find_rope(
-    where: str, states: Float[Tensor, "batch head token dim"], tables: object, model: nn.Module
-) -> RopeSpec | None:
+def find_rope(where: str, states: Float[Tensor, "batch head token dim"], tables: object, model: nn.Module) -> RopeSpec | None:
     """The one rotation whose inverse makes the states of a constant row constant; None if they already are.
 
     Raises:
@@ -103,7 +101,7 @@ def _describe(rope: RopeSpec | None) -> str:
 
 
 def _frequencies(model: nn.Module, tables: object) -> tuple[tuple[float, ...], float] | None:
-    """Frequencies and scaling that these tables are of; None if they are those of no rotary module and not the usual ones."""
+    """Frequencies and scaling that these tables are of; None if they are no tables of turning by equal steps."""
     found = rotary_tables(tables)
     if found is None:
         return None
@@ -116,7 +114,12 @@ def _frequencies(model: nn.Module, tables: object) -> tuple[tuple[float, ...], f
             if _tables_match(found, buffer, scaling):
                 return tuple(buffer.float().tolist()), scaling
     usual = USUAL_BASE ** (-torch.arange(num_freqs, device=found[0].device) / num_freqs)
-    return (tuple(usual.tolist()), 1.0) if _tables_match(found, usual, 1.0) else None
+    # A model loaded in bfloat16 may have made its table of frequencies rounded to it: these are in the table.
+    of_table = torch.atan2(found[1][0, 1], found[0][0, 1])
+    for frequencies in (usual, of_table):
+        if _tables_match(found, frequencies, 1.0):
+            return tuple(frequencies.tolist()), 1.0
+    return None
 
 
 def _tables_match(tables: RotaryTables, inv_freq: Float[Tensor, " freq"], scaling: float) -> bool:

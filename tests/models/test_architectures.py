@@ -14,16 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
-from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxForCausalLM
 
 from kvstore.spec import KVSpec
 from pipeline.align.rope import rotate
 from pipeline.models.attention import attention_modules
 from pipeline.models.capture import KVTap
 from tests.models.architectures import DOCUMENT, EXACT, RAW_ONLY, Row, measured, rows_of, table
-from tests.models.zoo import MODEL_TYPES
+from tests.models.zoo import MODEL_TYPES, full_length_cache
 
 COMMITTED = rows_of(DOCUMENT.read_text(encoding="utf-8"))
 FLOAT32_ROUNDING = 4e-7
@@ -38,17 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about it
 
 def token_ids(model_type: str) -> Tensor:
     return torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(len(model_type)))
-
-
-def full_length_cache(model: Any) -> Any:
-    """The cache the model would make itself, but one that forgets nothing outside a sliding window."""
-    if isinstance(model, MiniMaxForCausalLM):
-        return MiniMaxCache()
-    cache = DynamicCache(config=model.config)
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.sliding_window = 1000
-    return cache
 
 
 @contextlib.contextmanager
@@ -114,7 +100,10 @@ def prove(model_type: str, model: Any, spec: KVSpec) -> None:
         with KVTap(model, spec) as before:
             model(input_ids=ids, use_cache=False)
     assert torch.equal(again, logits), "the tap changes nothing"
-    norm_of = {attention.layer: getattr(attention.module, NORMED_AFTERWARDS.get(model_type, ""), None) for attention in attention_modules(model)}
+    norm_of = {
+        attention.layer: getattr(attention.module, NORMED_AFTERWARDS.get(model_type, ""), None)
+        for attention in attention_modules(model)
+    }
     for layer in spec.layers:
         own = cache.layers[layer.layer]
         repeats = own.keys.shape[1] // layer.num_kv_heads

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from kvstore.spec import KVSpec
-from pipeline.models.capture import CaptureError, KVTap, attention_modules, capture_kv, tapped
+from pipeline.models.attention import CaptureError, attention_modules, tapped
+from pipeline.models.capture import KVTap, capture_kv
 from pipeline.models.probe import probe_kv_spec
 from tests.checkpoints import tiny_config, tiny_model
 
@@ -124,10 +125,9 @@ def test_stopping_early_gives_the_same_keys_and_runs_nothing_above(name: str) ->
     with torch.inference_mode(), KVTap(model, spec) as full:
         model(input_ids=ids, use_cache=False)
     ran: list[str] = []
-    attentions = attention_modules(model)
     hooks = [model.get_output_embeddings().register_forward_pre_hook(lambda *_: ran.append("lm_head"))]
-    for layer, attention in attentions.items():
-        hooks.append(attention.module.register_forward_pre_hook(lambda *_, n=layer: ran.append(f"layer {n}")))
+    for attention in attention_modules(model):
+        hooks.append(attention.module.register_forward_pre_hook(lambda *_, n=attention.layer: ran.append(f"layer {n}")))
     try:
         stopped = capture_kv(model, spec, ids, layers=[0, 2])
     finally:
@@ -334,7 +334,9 @@ def test_a_layer_the_spec_has_not_is_refused() -> None:
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        pytest.param({"num_hidden_layers": 2}, "layers 2-3 of the spec have no attention module", id="fewer-layers"),
+        pytest.param(
+            {"num_hidden_layers": 2}, "layers 2-3 of the spec gave no keys and values, only 0-1 did", id="fewer-layers"
+        ),
         pytest.param({"num_key_value_heads": 4}, r"got K \[2, 4, 40, 16\].*expected .*\(2, 16, 16\)", id="other-heads"),
     ],
 )
@@ -376,6 +378,6 @@ def test_a_spec_with_rotation_is_refused_by_a_model_without() -> None:
 
 def test_every_attention_module_is_found_once_at_its_own_layer() -> None:
     found = attention_modules(cached_model("gemma3-two-ropes"))
-    assert [(attention.layer, attention.name) for attention in found.values()] == [
+    assert [(attention.layer, attention.name) for attention in found] == [
         (layer, f"model.layers.{layer}.self_attn") for layer in range(tiny_config("gemma3_text").num_hidden_layers)
     ]

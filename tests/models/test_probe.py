@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from kvstore.spec import KVSpec, LayerSpec, RopeSpec
-from pipeline.models.probe import CaptureError, length_dependent_rope, probe_causal, probe_kv_spec
+from pipeline.models.attention import CaptureError, attention_modules
+from pipeline.models.probe import length_dependent_rope, probe_causal, probe_kv_spec
 from tests.checkpoints import tiny_config, tiny_model
+from tests.models.zoo import zoo_model
 
 BASE = 10_000.0
 PLAIN_16 = tuple((1.0 / BASE ** (torch.arange(0, 16, 2) / 16)).tolist())
 PLAIN_8 = tuple((1.0 / BASE ** (torch.arange(0, 8, 2) / 8)).tolist())
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "n_group": 1,
-    "topk_group": 1,
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,25 +148,115 @@ def test_a_model_in_training_mode_is_probed_without_its_dropout() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latents_are_told_from_keys_and_values(dtype: torch.dtype) -> None:
+    spec = probe_kv_spec(zoo_model("deepseek_v3", dtype))
+    assert spec.layers == tuple(
+        LayerSpec(layer=number, num_kv_heads=1, key_dim=24, value_dim=8, rope=0, latent=True) for number in range(4)
+    )
+    assert spec.ropes == (RopeSpec(kind="half", inv_freq=spec.ropes[0].inv_freq),)
+    assert spec.ropes[0].inv_freq == pytest.approx(PLAIN_8, rel=1e-6)
+    assert KVSpec.from_json(spec.to_json()) == spec
+
+
+def test_latents_without_rotation_are_latents() -> None:
+    assert {(layer.layer, layer.latent, layer.rope) for layer in probe_kv_spec(zoo_model("kimi_linear")).layers} == {
+        (1, True, None),
+        (3, True, None),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", ["gptj", "codegen", "roformer"])
+def test_tables_that_lie_in_the_model_are_found_without_a_rotary_module(model_type: str, dtype: torch.dtype) -> None:
+    (rope,) = probe_kv_spec(zoo_model(model_type, dtype)).ropes
+    assert (rope.kind, rope.start) == ("interleaved", 0)
+    if model_type == "roformer":
+        assert rope.inv_freq == pytest.approx(PLAIN_16, rel=1e-6)
+    else:  # made in bfloat16, their frequencies are rounded to it
+        assert rope.inv_freq == pytest.approx(torch.tensor(PLAIN_8).to(dtype).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rotation_the_other_way_round_has_negative_frequencies(dtype: torch.dtype) -> None:
+    (rope,) = probe_kv_spec(zoo_model("nanochat", dtype)).ropes
+    assert rope.kind == "half"
+    assert rope.inv_freq == pytest.approx([-frequency for frequency in PLAIN_16], rel=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("model_type", "over", "message"),
+    ("over", "num_kv_heads"),
     [
-        pytest.param("gptj", {}, r"GPTJForCausalLM, layer 0 .* cannot tell how keys are rotated \(no rotary", id="gptj"),
-        pytest.param("deepseek_v3", DEEPSEEK, r"DeepseekV3ForCausalLM, layer 0 .* value tensor is rotated", id="mla"),
-        pytest.param("mamba2", {"num_heads": 8, "head_dim": 16, "n_groups": 1}, "'mamba2'.* has no attention", id="mamba"),
-        pytest.param("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}, "heads 0 and 1 are equal", id="falcon"),
+        pytest.param({"num_kv_heads": 2, "new_decoder_architecture": True}, 2, id="falcon-40b"),
+        pytest.param({"num_kv_heads": 4, "new_decoder_architecture": True}, 4, id="nothing-repeated"),
+        pytest.param({"num_kv_heads": 1, "new_decoder_architecture": False, "multi_query": True}, 1, id="falcon-7b"),
+        pytest.param(
+            {"num_kv_heads": 4, "new_decoder_architecture": False, "multi_query": False, "alibi": True}, 4, id="alibi"
+        ),
     ],
 )
-def test_what_a_spec_cannot_say_is_refused_by_name(model_type: str, over: dict[str, Any], message: str) -> None:
+def test_heads_a_model_repeats_before_it_caches_them_count_once(over: dict[str, Any], num_kv_heads: int) -> None:
+    spec = probe_kv_spec(zoo_model("falcon", **over))
+    assert {layer.geometry for layer in spec.layers} == {(num_kv_heads, 16, 16)}
+
+
+def test_a_module_that_several_layers_share_gives_each_its_own_keys() -> None:
+    model = zoo_model("hrm_text")
+    spec = probe_kv_spec(model)
+    assert len(spec.layers) == model.config.num_hidden_layers > len(attention_modules(model))
+
+
+@pytest.mark.parametrize("last_layer", [0, 1, 2, 3])
+def test_a_probe_up_to_a_layer_runs_nothing_above_it(last_layer: int) -> None:
+    model = tiny_model("gemma3_text", layer_types=["sliding_attention", "full_attention"] * 2)
+    ran: list[int] = []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, n=number: ran.append(n))
+    assert probe_kv_spec(model, last_layer=last_layer) == dataclasses.replace(
+        (whole := probe_kv_spec(model)).select(range(last_layer + 1)), ropes=whole.ropes[: last_layer + 1]
+    )
+    assert ran[:last_layer] == list(range(last_layer))
+    assert len(ran) == last_layer + 4, "the second probe was of the whole model"
+    ran.clear()
+    probe_causal(model, last_layer=last_layer)
+    assert ran == 2 * list(range(last_layer))
+
+
+def test_a_probe_ends_in_front_of_the_layer_after_one_without_keys() -> None:
+    model = zoo_model("qwen3_next")
+    assert probe_kv_spec(model, last_layer=2).layer_numbers == (1,)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        pytest.param(
+            "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM, layer 0 .* cannot tell .* changed after rotation", id="scaled"
+        ),
+        pytest.param("deepseek_v4", r"DeepseekV4ForCausalLM, layer 0 .* values are rotated as keys are", id="rotated-values"),
+        pytest.param("mamba2", "'mamba2'.* has no attention layer with keys and values to capture", id="mamba"),
+        pytest.param("openai-gpt", "'openai-gpt'.* none of its modules gave any to a cache", id="no-cache"),
+        pytest.param("blt", r"layer 0 ran twice .*patcher.layers.0.self_attn, then model.local_encoder", id="several-stacks"),
+    ],
+)
+def test_what_a_spec_cannot_say_is_refused_by_name(model_type: str, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
-        probe_kv_spec(tiny_model(model_type, **over))
+        probe_kv_spec(zoo_model(model_type))
+
+
+def test_a_model_that_wants_more_than_token_ids_is_refused() -> None:
+    model = tiny_model("qwen2")
+    model.model.layers[0].register_forward_pre_hook(lambda *_: {}["pixel_values"])
+    with pytest.raises(CaptureError, match=r"a forward of 8 tokens with the tap failed \(KeyError: 'pixel_values'\)"):
+        probe_causal(model)
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused() -> None:
     model = tiny_model("qwen2")
     model.config.num_key_value_heads = 4
     with pytest.raises(
-        CaptureError, match=r"K \[1, 2, 64, 16\].* 2 KV heads, expected 4 .*num_attention_heads 4, hidden_size 64"
+        CaptureError,
+        match=r"K \[1, 2, 64, 16\].* 2 KV heads, expected one .*'num_attention_heads': 4, 'num_key_value_heads': 4.*hidden_size 64",
     ):
         probe_kv_spec(model)
 

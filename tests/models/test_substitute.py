@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvstore.spec import KVSpec
-from pipeline.models.capture import CaptureError, KVTap
+from pipeline.models.attention import CaptureError
+from pipeline.models.capture import KVTap
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.substitute import substituted
 from tests.checkpoints import tiny_model
+from tests.models.zoo import full_length_cache, zoo_model
 
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}}
@@ -29,13 +31,25 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere-interleaved": ("cohere", {}),
     "gpt2": ("gpt2", {}),
 }
-every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+FROM_THE_ZOO = {
+    "latent": "deepseek_v3",
+    "latent-unrotated": "kimi_linear",
+    "repeated-heads": "falcon",
+    "tables-in-a-buffer": "gptj",
+    "tables-made-inside": "recurrent_gemma",
+    "backwards": "nanochat",
+    "convolved": "zaya",
+}
+every_architecture = pytest.mark.parametrize("name", [*ARCHITECTURES, *FROM_THE_ZOO])
 
 
 @cache
 def cached_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, KVSpec]:
-    model_type, over = ARCHITECTURES[name]
-    model = tiny_model(model_type, dtype=dtype, **over)
+    if name in FROM_THE_ZOO:
+        model = zoo_model(FROM_THE_ZOO[name], dtype)
+    else:
+        model_type, over = ARCHITECTURES[name]
+        model = tiny_model(model_type, dtype=dtype, **over)
     return model, probe_kv_spec(model)
 
 
@@ -82,7 +96,7 @@ def test_in_bfloat16_rotating_again_costs_about_one_rounding(name: str) -> None:
 def test_values_of_zero_in_one_layer_change_the_prediction(name: str) -> None:
     model, spec = cached_model(name)
     expected = logits_of(model, input_ids())
-    with substituted(model, spec, lambda _, key, value: (key, torch.zeros_like(value)), layers=[1]):
+    with substituted(model, spec, lambda _, key, value: (key, torch.zeros_like(value)), layers=spec.layer_numbers[:1]):
         assert relative_error(logits_of(model, input_ids()), expected) > 0.01
 
 
@@ -98,9 +112,10 @@ def test_only_the_layers_listed_are_replaced_with_keys_as_the_tap_gives_them(nam
 
     with KVTap(model, spec) as tap:
         logits_of(model, input_ids())
-    with substituted(model, spec, record, layers=[0, 2]):
+    chosen = sorted({spec.layer_numbers[0], spec.layer_numbers[-2:][0]})
+    with substituted(model, spec, record, layers=chosen):
         logits_of(model, input_ids())
-    assert list(called) == [0, 2]
+    assert list(called) == chosen
     for layer, (key, value) in called.items():
         torch.testing.assert_close(key, tap.kv[layer][0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(value, tap.kv[layer][1], rtol=1e-4, atol=1e-4)
@@ -112,7 +127,8 @@ def test_keys_and_values_of_another_run_give_what_attention_over_its_cache_gives
     model, spec = cached_model(name)
     with KVTap(model, spec) as tap:
         logits_of(model, input_ids(seed=1))
-    other, other_rotated = tap.kv[3], DynamicCache()
+    last = spec.layer_numbers[-1]
+    other, other_rotated = tap.kv[last], full_length_cache(model)
     with torch.inference_mode():
         model(input_ids=input_ids(seed=1), past_key_values=other_rotated, use_cache=True)
 
@@ -120,11 +136,12 @@ def test_keys_and_values_of_another_run_give_what_attention_over_its_cache_gives
         def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             own = super().update(key, value, layer_idx, *args, **kwargs)
             there = other_rotated.layers[layer_idx]
-            return (there.keys, there.values) if layer_idx == 3 else own
+            return (there.keys, there.values) if layer_idx == last else own
 
     with torch.inference_mode():
-        expected = model(input_ids=input_ids(), past_key_values=LastLayerOfTheOther(), use_cache=True).logits
-    with substituted(model, spec, lambda *_: other, layers=[3]):
+        cache = full_length_cache(model, LastLayerOfTheOther)
+        expected = model(input_ids=input_ids(), past_key_values=cache, use_cache=True).logits
+    with substituted(model, spec, lambda *_: other, layers=[last]):
         got = logits_of(model, input_ids())
     assert relative_error(got, expected) <= 1e-4
     assert relative_error(logits_of(model, input_ids()), expected) > 0.01
@@ -171,8 +188,9 @@ def test_tensors_of_another_kind_are_refused_and_hooks_are_gone(change: Any, mes
 
 def test_a_layer_the_model_has_not_is_refused() -> None:
     _, spec = cached_model("qwen2")
+    shallow = tiny_model("qwen2", num_hidden_layers=2)
     with (
-        pytest.raises(CaptureError, match="layers 2-3 of the spec have no attention module"),
-        substituted(tiny_model("qwen2", num_hidden_layers=2), spec, itself),
+        pytest.raises(CaptureError, match="layers 2-3 of the spec gave no keys and values, only 0-1 did"),
+        substituted(shallow, spec, itself),
     ):
-        raise AssertionError("not reached")
+        logits_of(shallow, input_ids())

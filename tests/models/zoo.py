@@ -11,7 +11,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.checkpoints import randomised
@@ -134,13 +135,26 @@ DECODER_ONLY = {"is_encoder_decoder": False}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu hy_v4".split(), EXPANDED
+        [
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "minicpm3",
+            "youtu",
+            "hy_v4",
+        ],
+        EXPANDED,
     ),
-    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid minimax".split(), HYBRID),
-    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), {"text_config": HYBRID}),
-    **dict.fromkeys("lfm2 lfm2_moe lfm3".split(), CONVOLUTIONS),
+    **dict.fromkeys(["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "minimax"], HYBRID),
+    **dict.fromkeys(["qwen3_5", "qwen3_5_moe"], {"text_config": HYBRID}),
+    **dict.fromkeys(["lfm2", "lfm2_moe", "lfm3"], CONVOLUTIONS),
     **dict.fromkeys(
-        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart whisper".split(), DECODER_ONLY
+        ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "whisper"],
+        DECODER_ONLY,
     ),
     "bailing_hybrid": {**EXPANDED, **HYBRID},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -287,6 +301,19 @@ def zoo_model(model_type: str, dtype: torch.dtype = torch.float32, **over: Any) 
         num_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     assert num_parameters < MAX_PARAMETERS, f"{model_type}: {num_parameters} parameters; shrink its config"
     return randomised(config, dtype=dtype)
+
+
+def full_length_cache(model: Any, kind: type[DynamicCache] = DynamicCache) -> Any:
+    """The cache the model would make itself, but one that forgets nothing outside a sliding window."""
+    if model.config.model_type == "minimax":
+        from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+        return MiniMaxCache()
+    cache = kind(config=model.config)
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.sliding_window = 1000
+    return cache
 
 
 def _shrunk(kind: Any, over: dict[str, Any]) -> dict[str, Any]:
