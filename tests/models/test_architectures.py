@@ -109,7 +109,7 @@ def prove(model_type: str, model: Any, spec: KVSpec) -> None:
         repeats = own.keys.shape[1] // layer.num_kv_heads
         reference = {"key": own.keys[:, ::repeats], "value": own.values[:, ::repeats]}
         assert all(torch.equal(states, states[:, ::repeats].repeat_interleave(repeats, 1)) for states in (own.keys, own.values))
-        turning, still = ("value", "key") if layer.latent else ("key", "value")
+        _turning, still = ("value", "key") if layer.latent else ("key", "value")
         rope = spec.rope_of(layer.layer)
         for kind, got_after, got_before in zip(("key", "value"), after.kv[layer.layer], before.kv[layer.layer], strict=True):
             assert torch.equal(got_after, reference[kind])

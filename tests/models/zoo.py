@@ -150,7 +150,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         EXPANDED,
     ),
     **dict.fromkeys(["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "minimax"], HYBRID),
-    **dict.fromkeys(["qwen3_5", "qwen3_5_moe"], {"text_config": HYBRID}),
+    **{key: {"text_config": HYBRID} for key in ["qwen3_5", "qwen3_5_moe"]},
     **dict.fromkeys(["lfm2", "lfm2_moe", "lfm3"], CONVOLUTIONS),
     **dict.fromkeys(
         ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "whisper"],
