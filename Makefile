@@ -23,7 +23,7 @@ slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 5400 -s
 
 bench: $(READY)
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-disable-gc -m "" -s
+	$(BIN)/python -m pytest -o addopts=--import-mode=importlib tests/benchmarks --benchmark-only --benchmark-disable-gc -m "not gpu" -s
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel

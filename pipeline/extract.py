@@ -62,7 +62,7 @@ class ExtractSummary:
     num_shards: int
     seconds: float
     tokens_per_s: float
-    """New tokens over the time the tasks ran; start-up not counted."""
+    """New tokens over the time the tasks ran; start-up, calibration and gate not counted."""
 
 
 def extract(
@@ -275,10 +275,11 @@ def _run_tasks(
             )
         with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
             compact(run.storage)
+            seconds = time.perf_counter() - started
             if stop.requested:
                 raise stop.interrupted(_how_far(run.storage))
             gate_after(run, signal, executor)
-    return results, time.perf_counter() - started
+    return results, seconds
 
 
 def _how_far(storage: Storage) -> str:

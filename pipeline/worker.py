@@ -1,6 +1,6 @@
 """A worker: one teacher, computing the keys and values of whole tasks and writing their shards itself.
 
-Runs in this process or inside a Ray actor; tensors never leave it, only small records do. Two threads keep it busy: while one
+Runs in this process or inside a Ray actor; tensors never leave it, only small records do. Several threads keep it busy: while one
 writes its task the other computes the next. Knows no scheduling.
 """
 
@@ -105,7 +105,7 @@ class TaskResult:
 class Worker:
     """Loads a teacher once, then computes and writes tasks.
 
-    `run` may be called by two threads at once, which share the teacher in turn; the other methods wait for it too. Beside the
+    `run` may be called by several threads at once, which share the teacher in turn; the other methods wait for it too. Beside the
     teacher and its activations it holds, for each thread in `run`, the codes of one shard (of each array at most 256 MiB, or one
     sample) and one compressed array of them, QUEUE_BYTES of codes coming from a GPU and, on the CPU, KEPT_BYTES.
     """

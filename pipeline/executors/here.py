@@ -1,4 +1,4 @@
-"""Workers in this process: one teacher, used by two threads at a time so that one computes while the other encodes and writes."""
+"""Workers in this process: one teacher, used by several threads so that one computes while the others encode and write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.executors.base import OnBadSample, Say
 from pipeline.executors.crew import READY_TIMEOUT_S
-from pipeline.executors.schedule import SLOTS, ScheduledExecutor
+from pipeline.executors.schedule import GPU_SLOTS, ScheduledExecutor
 from pipeline.stop import NEVER, Stop
 from pipeline.worker import TeacherInfo, TeacherSource, Worker
 
@@ -36,7 +36,7 @@ class _Threads:
     def __init__(self, source: TeacherSource, stop: Stop) -> None:
         self._source, self._stop = source, stop
         self._worker: Worker | None = None
-        self._threads = ThreadPoolExecutor(SLOTS, thread_name_prefix="task")
+        self._threads = ThreadPoolExecutor(GPU_SLOTS, thread_name_prefix="task")
 
     def workers(self) -> list[tuple[int, Future[TeacherInfo]]]:
         # In this thread, where a signal can interrupt it.

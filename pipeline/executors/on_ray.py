@@ -13,7 +13,7 @@ from pipeline.executors.base import Loss, OnBadSample, Say, WorkerLost
 from pipeline.executors.cluster import Cluster
 from pipeline.executors.crew import READY_TIMEOUT_S
 from pipeline.executors.placement import place
-from pipeline.executors.schedule import SLOTS, ScheduledExecutor
+from pipeline.executors.schedule import GPU_SLOTS, ScheduledExecutor
 from pipeline.node import NodeInfo, Nonce, inspect_node, nonce_in, refuse_different
 from pipeline.stop import NEVER, Stop
 from pipeline.worker import TeacherInfo, TeacherSource, Worker
@@ -96,7 +96,7 @@ class _Actors:
             num_gpus=self._placement.gpus,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=SLOTS,
+            max_concurrency=GPU_SLOTS,
             scheduling_strategy="SPREAD",
         )(RayWorker)
         self._actors: list[Any] = []

@@ -23,8 +23,9 @@ from pipeline.worker import Job, Moments, TaskResult, TeacherInfo
 
 _ECHO_S = 0.5
 """A signal to a whole group of processes may reach a worker before us: so long a loss waits for its explanation."""
-SLOTS = 2
-"""Tasks of one worker at a time: one computes while the other encodes and writes."""
+CPU_SLOTS, GPU_SLOTS = 2, 4
+"""Tasks of one worker at a time: one computes while the others encode, compress and write. On a GPU, which computes a task of a 7B
+teacher in half the time that one thread needs to write it, two writers are not enough."""
 _MAX_CRASHES = 2
 """The first with whatever else its worker was at, the second alone; before a sample is blamed it crashes another, alone."""
 _MAX_LOSSES = 5
@@ -77,6 +78,7 @@ class ScheduledExecutor:
         """Who holds what calibration computed of a shard."""
         self.num_computed = 0
         """Samples."""
+        self.slots = CPU_SLOTS
 
     @property
     def bad_ids(self) -> Collection[str]:
@@ -86,6 +88,7 @@ class ScheduledExecutor:
         infos = self.crew.start()
         if any(info.spec != infos[0].spec for info in infos):
             raise ExecutorError("workers disagree on the teacher's geometry; install the same versions on every node")
+        self.slots = slots_of(infos[0])
         return infos[0]
 
     def calibrate(self, job: Job, tasks: Sequence[Task]) -> Iterator[tuple[int, Moments]]:
@@ -94,7 +97,7 @@ class ScheduledExecutor:
             yield item.task.shard, moments
 
     def run(self, job: Job, tasks: Iterable[Task], replace: bool = False) -> Iterator[TaskResult]:
-        for _, item, result in _Round(self, "run", job, iter(tasks), (replace,), slots=SLOTS).results():
+        for _, item, result in _Round(self, "run", job, iter(tasks), (replace,), slots=self.slots).results():
             yield dataclasses.replace(result, quarantined=tuple(item.bad)) if item.bad else result
 
     def ask(self, question: str, *arguments: Any) -> Any:
@@ -113,6 +116,10 @@ class ScheduledExecutor:
 
     def close(self) -> None:
         self.crew.close()
+
+
+def slots_of(teacher: TeacherInfo) -> int:
+    return CPU_SLOTS if teacher.device == "cpu" else GPU_SLOTS
 
 
 class _Round:

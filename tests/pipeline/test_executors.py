@@ -145,7 +145,7 @@ def test_by_default_nan_from_the_teacher_ends_the_run_and_names_the_samples(
         run(config_of(broken_teacher, corpus, tmp_path / "store", codec="raw"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_samples_of_nan_are_left_out_and_accounted_for(
     workers: int,
     broken_teacher: Path,

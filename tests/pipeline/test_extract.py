@@ -427,19 +427,6 @@ def test_an_error_in_a_ray_worker_comes_out_as_itself(ray_cluster: None, teacher
         run(broken, corpus, tmp_path / "store", workers=1)
 
 
-def test_a_ray_extraction_whose_driver_is_killed_resumes_to_the_same_bits(
-    teacher: Path, corpus: Path, whole: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "cut"
-    with start(teacher, corpus, out, "--workers", "2") as process:
-        _wait_for(lambda: len(list((out / "commits").glob("*.json"))) >= 2, seconds=120)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    time.sleep(2)  # Ray ends the orphaned workers within about a second
-    run(teacher, corpus, out)
-    assert by_id(open_store(out)) == by_id(open_store(whole))
-
-
 def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -251,12 +251,13 @@ def test_a_killed_append_goes_on_and_the_dead_ones_claim_does_not_block(
     with start(settings_of(teacher, [second], store, append=True), kill_after=3) as process:
         assert process.wait(timeout=120) == -signal.SIGKILL
     assert list((store / LEASES).iterdir()), "the killed process left no claim, so nothing is tested"
-    assert len(open_store(store)) == 12 + 3
+    committed = len(open_store(store))
+    assert 12 < committed < 20, "it was killed too early or too late"
     assert run(teacher, first, store).new_shards == 0
-    with pytest.raises(ValueError, match=r"--append: .* has 15 of 20 shards; finish it first"):
+    with pytest.raises(ValueError, match=rf"--append: .* has {committed} of 20 shards; finish it first"):
         run(teacher, second, store, append=True, limit=2)
     started = time.monotonic()
-    assert run(teacher, second, store, append=True).new_shards == 5
+    assert run(teacher, second, store, append=True).new_shards == 20 - committed
     assert time.monotonic() - started < 60
     assert codes_by_id(open_store(store)) == codes_by_id(open_store(whole))
     assert counts(store) == counts(whole)

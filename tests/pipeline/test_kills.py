@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,16 +19,17 @@ from pipeline.extract import extract
 from pipeline.models.resolve import resolve_model
 from tests.checkpoints import save_checkpoint
 from tests.pipeline.test_extract import by_id
+from tests.processes import Process, kvpipe, start
 
 STDLIB = Path(json.__file__).parent
 
 
-def _command(teacher: Path, corpus: Path, out: Path) -> list[str]:
-    extract_command = [sys.executable, "-m", "pipeline.cli", "extract", "--teacher", str(teacher), "--data", str(corpus)]
-    return [*extract_command, "--out", str(out), "--seq-len", "256", "--workers", "2", "--accept-fidelity"]
+def _arguments(teacher: Path, corpus: Path, out: Path) -> list[str | Path]:
+    data: list[str | Path] = ["extract", "--teacher", teacher, "--data", corpus]
+    return [*data, "--out", out, "--seq-len", "256", "--workers", "2", "--accept-fidelity"]
 
 
-def _wait_for_a_random_moment(process: subprocess.Popen[bytes], commits: Path, draw: random.Random, most: int) -> None:
+def _wait_for_a_random_moment(process: Process, commits: Path, draw: random.Random, most: int) -> None:
     """In one of three runs some time after its start, in the others shortly after so many more commits, at most `most`."""
     target = len(list(commits.glob("*.json"))) + draw.randint(1, most)
     deadline = time.monotonic() + (draw.uniform(0.5, 8) if draw.random() < 1 / 3 else 60)
@@ -39,7 +38,7 @@ def _wait_for_a_random_moment(process: subprocess.Popen[bytes], commits: Path, d
     time.sleep(draw.uniform(0, 0.2))
 
 
-def _kill(process: subprocess.Popen[bytes], draw: random.Random) -> None:
+def _kill(process: Process, draw: random.Random) -> None:
     """SIGKILL the driver, or one of its Ray workers first and the driver a moment later."""
     if draw.random() < 0.5:
         workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::RayWorker" in _title(child)]
@@ -82,17 +81,15 @@ def _survive(kills: int, seed: int, tmp_path: Path) -> None:
     expected = by_id(open_store(tmp_path / "whole"))
     out, history = tmp_path / "cut", []
     for number in range(kills):
-        process = subprocess.Popen(
-            _command(teacher, corpus, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        _wait_for_a_random_moment(process, out / "commits", draw, most=max(60 // kills, 1))
-        if process.poll() is None:
-            _kill(process, draw)
+        with start(*_arguments(teacher, corpus, out)) as process:
+            _wait_for_a_random_moment(process, out / "commits", draw, most=max(60 // kills, 1))
+            if process.poll() is None:
+                _kill(process, draw)
         time.sleep(0.5)  # orphaned workers may still finish the shard in hand
         history.append(_is_consistent(out, expected))
         if history[-1] == len(expected) and number < kills - 1:
             out = tmp_path / f"cut-{number}"  # complete before its time: the next kills are of a fresh extraction
-    finished = subprocess.run(_command(teacher, corpus, out), capture_output=True, text=True, timeout=120, check=False)
+    finished = kvpipe(*_arguments(teacher, corpus, out))
     assert finished.returncode == 0, finished.stderr
     print(f"\n{kills} SIGKILLs, samples visible after each: {history}")
     assert any(0 < visible < len(expected) for visible in history), "no kill came between the first and the last commit"

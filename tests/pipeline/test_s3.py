@@ -301,7 +301,8 @@ def test_a_bucket_that_fails_for_good_ends_the_run_and_leaves_a_whole_store(
         run(teacher, corpus, out)
     assert time.monotonic() - started < 30
     report = verify_store(out, deep=True)
-    assert (report.ok, report.num_committed) == (True, 3)
+    assert report.ok
+    assert 3 <= report.num_committed < report.num_shards, "what was in hand beside shard 3 may be committed too"
     assert by_id(open_store(out)).items() <= expected.items()
     proxy.faults.clear()
     run(teacher, corpus, out)

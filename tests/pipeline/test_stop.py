@@ -82,7 +82,7 @@ def to_everyone(process: subprocess.Popen[str], number: signal.Signals) -> None:
     ("workers", "number", "send"),
     [
         pytest.param(0, signal.SIGTERM, to_driver, id="in-process"),
-        pytest.param(2, signal.SIGTERM, to_everyone, id="ray-every-process"),
+        pytest.param(2, signal.SIGTERM, to_everyone, id="ray-every-process", marks=pytest.mark.slow),
         pytest.param(2, signal.SIGINT, to_driver, id="ray-ctrl-c", marks=pytest.mark.slow),
     ],
 )
