@@ -66,23 +66,39 @@ class Claim:
             return True
 
 
-def claims(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None = None) -> dict[str, Claim]:
-    """Living claims by key.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A claim as it lies in a store."""
+
+    key: str
+    claim: Claim
+    touched_s: float
+    """Last sign of life, by the clock of whatever holds the files."""
+    is_living: bool
+
+
+def holders(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None = None) -> list[Holder]:
+    """Every claim that can be read, dead ones too; writes nothing.
 
     Args:
         now_s: the storage's own clock; the newest claim's touch if not given.
     """
     entries = list(storage.entries(LEASES))
     now = now_s if now_s is not None else max((entry.modified_s for entry in entries), default=0.0)
-    living = {}
+    found = []
     for entry in entries:
         try:
             claim = Claim(**json.loads(storage.read(entry.key)))
         except (FileNotFoundError, ValueError, TypeError):
             continue  # released meanwhile, or cut short by a crash: it expires
-        if now - entry.modified_s < expiry_s and not claim.is_dead:
-            living[entry.key] = claim
-    return living
+        is_living = now - entry.modified_s < expiry_s and not claim.is_dead
+        found.append(Holder(key=entry.key, claim=claim, touched_s=entry.modified_s, is_living=is_living))
+    return found
+
+
+def claims(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None = None) -> dict[str, Claim]:
+    """Living claims by key; `now_s` as for `holders`."""
+    return {holder.key: holder.claim for holder in holders(storage, expiry_s=expiry_s, now_s=now_s) if holder.is_living}
 
 
 @contextlib.contextmanager

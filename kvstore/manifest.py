@@ -26,6 +26,7 @@ COMMITS = "commits"
 SAMPLES = "samples"
 TOKENIZER = "tokenizer"
 GATE = "gate.json"
+PROGRESS = "progress"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

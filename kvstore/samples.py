@@ -199,6 +199,15 @@ def _read_summaries(storage: Storage) -> dict[str, pa.Table]:
     return tables
 
 
+def listed_shards(storage: Storage) -> dict[int, tuple[int, int]]:
+    """Tokens and stored bytes of the shards that are in a summary; those committed since are not among them."""
+    return {
+        row["shard"]: (row["num_tokens"], row["stored_bytes"])
+        for table in _read_summaries(storage).values()
+        for row in table.to_pylist()
+    }
+
+
 def repeats_key(part: int) -> str:
     return f"{SAMPLES}/repeats-{part:05d}.json"
 

@@ -36,11 +36,11 @@ from kvstore.codec import KINDS, Encoded, Kind, Values
 from kvstore.commits import Commit, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
 from kvstore.errors import CodecError, CorruptShardError, StoreFormatError, StoreWriteError
 from kvstore.gate import write_gate
-from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, SAMPLES, TOKENIZER, Group, Manifest, write_manifest
+from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, PROGRESS, SAMPLES, TOKENIZER, Group, Manifest, write_manifest
 from kvstore.records import bytes_sha256
 from kvstore.storage import STAGING, Storage
 
-_OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE}
+_OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE, PROGRESS}
 _CREATING = f"{STAGING}/creating"
 _MOST_SHOWN = 5
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -18,42 +17,10 @@ from typing import Any
 
 import click
 
-from pipeline import store_commands
+from pipeline import extract_commands, store_commands
+from pipeline.options import CONFIG_OPTIONS, misuse, with_options
 from pipeline.terminal import growth_lines, report_lines, say
 from pipeline.terminal import print_record as _print_record
-
-_CONFIG_OPTIONS = (
-    click.option(
-        "--config",
-        type=click.Path(dir_okay=False, path_type=Path),
-        help="TOML file with a table of settings, or the name of a shipped recipe such as qwen2-7b-to-0.5b.",
-    ),
-    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting by name; repeat for more."),
-)
-
-
-def _with_options(options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
-    return lambda function: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
-
-
-_NEEDED = {
-    "teacher": "a preset (kvpipe extract --list), a Hugging Face id, or a folder",
-    "store": "a folder made by kvpipe extract, or s3://bucket/prefix",
-    "student": "a preset, a Hugging Face id, a folder, or a TOML file with a fresh config",
-    "out": "the folder of the run",
-}
-
-
-@contextlib.contextmanager
-def _misuse() -> Iterator[None]:
-    """Settings that are needed and missing are a wrong use of the command; each is named with what it takes."""
-    from pipeline.config import MissingSettingsError
-
-    try:
-        yield
-    except MissingSettingsError as error:
-        flags = "; ".join(f"--{name} is needed: {_NEEDED[name]}" for name in error.names)
-        raise click.UsageError(f"{flags}. A table [{error.section}] in --config FILE can say it too") from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -63,102 +30,13 @@ def cli() -> None:
 
     \b
     kvpipe demo                                            the whole story on this machine, no download
+    kvpipe plan --teacher qwen2-7b                         size, hours and disk before anything is written
     kvpipe extract --teacher qwen2-7b                      text -> store (a preset knows data, folder and size)
+    kvpipe status qwen2-7b-kv                              how far it is, from another terminal
     kvpipe inspect qwen2-7b-kv                             what is in it; any Zarr tool opens qwen2-7b-kv/kv.zarr
     kvpipe verify qwen2-7b-kv                              is every byte what was committed
     kvpipe train --store qwen2-7b-kv --student qwen2-0.5b  store -> student, no teacher in memory
     """
-
-
-@cli.command()
-@click.option("--teacher", help="Preset (see --list), Hugging Face id, or folder with safetensors.")
-@click.option(
-    "--data", multiple=True, help="Text files or globs, .jsonl[.gz|.zst], .parquet, datasets folder, or hub id[:config]."
-)
-@click.option("--out", help="Folder of the store, or s3://bucket/prefix; run again to resume.")
-@click.option("--student", help="Bake the alignment to this student: preset, id, folder or config file.")
-@click.option("--layers", help="'all' or a list like 0,4,8-11 or -1. Student layers when --student is given.")
-@click.option("--codec", help="raw, q8, q8z, mix (default), q4z, q4z-min, fp8; by layer: 'mix,0=raw,24-27=q8'.")
-@click.option("--seq-len", type=int, help="Longest sample in tokens [2048].")
-@click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [8192].")
-@click.option("--dtype", help="float32, float16, bfloat16 or auto, the checkpoint's own [auto].")
-@click.option("--device", help="cpu, cuda, cuda:1 ... or auto [auto].")
-@click.option(
-    "--workers", type=int, help="Ray workers, one teacher each; 0 runs in this process, on a cluster one per GPU [0]."
-)
-@click.option("--ray-address", help="A running Ray cluster: 'auto', or host:port.")
-@click.option("--gpus-per-worker", type=int, help="Spread each teacher over so many GPUs of a node [1].")
-@click.option(
-    "--on-bad-sample",
-    type=click.Choice(["fail", "quarantine"]),
-    help="A sample that crashes its worker, raises or gives NaN: end the run and name it, or leave it out and record it [fail].",
-)
-@click.option("--text-field", help="Field of a row that holds the text [text].")
-@click.option("--split", help="Split of a data set [train].")
-@click.option("--limit", type=int, help="Most samples to store.")
-@click.option("--max-tokens", type=int, help="Most tokens to store; 0 for no limit [presets: 1,000,000].")
-@click.option("--max-bytes", type=int, help="Begin no shard that could take the store beyond this.")
-@click.option("--sample-tokens", type=int, help="Store about so many tokens in documents drawn at random from all of the data.")
-@click.option("--overlap", type=int, help="Tokens a later sample of a long document repeats as context [0].")
-@click.option(
-    "--accept-fidelity", is_flag=True, default=None, help="Store even if the codec changes the teacher's predictions."
-)
-@click.option("--append", is_flag=True, default=None, help="Add this data to the store at --out as a new part.")
-@click.option("--task-range", metavar="N/M", help="Do the N-th of M equal parts of the work, for job arrays without a cluster.")
-@click.option("--calibration", metavar="STORE", help="Use another store's means and steps, so that the two can be merged.")
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--seed", type=int, help="Shuffle the documents before limits apply.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--list", "list_presets", is_flag=True, help="List the teacher presets and exit.")
-@_with_options(_CONFIG_OPTIONS)
-def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_presets: bool, **flags: Any) -> None:
-    """Run a teacher over text and store its keys and values.
-
-    The same command again resumes where it was stopped. With other settings on the same --out it refuses and names what differs.
-
-    On SIGTERM or Ctrl-C the tasks in hand are finished, for at most 20 s (--set grace_s=60), and the exit status is 75: run the same
-    command again. A second signal ends at once.
-    """
-    from pipeline.models import presets
-
-    if list_presets:
-        click.echo("\n".join(presets.teacher_preset_names()))
-        return
-    from pipeline.config import ExtractConfig, load_config
-
-    defaults: dict[str, Any] = {}
-    preset = presets.teacher_preset(flags["teacher"]) if flags["teacher"] else None
-    if preset is not None:
-        defaults = {"data": (preset.data,), "out": preset.out, "max_tokens": preset.max_tokens}
-    with _misuse():
-        chosen = load_config(ExtractConfig, "extract", config, settings, flags)
-    missing = {name: value for name, value in defaults.items() if getattr(chosen, name) in (None, ())}
-    chosen = ExtractConfig.model_validate({**chosen.model_dump(), **missing})
-    if not chosen.data or chosen.out is None:
-        raise click.UsageError("--data and --out are needed for a teacher that is not a preset; see kvpipe extract --list")
-    if preset is not None and "max_tokens" in missing:
-        say(
-            f"{preset.name}: at most {preset.max_tokens:,} tokens of {', '.join(chosen.data)} into {chosen.out}; --max-tokens asks for more"
-        )
-
-    from pipeline.models.resolve import resolve_model
-    from pipeline.stop import Interrupted, stop_on_signals
-
-    try:
-        with stop_on_signals(chosen.grace_s, say) as stop:
-            resolved = resolve_model(chosen.teacher, chosen.revision)
-            from pipeline.executors import ExecutorError
-            from pipeline.extract import extract as run_extract
-
-            try:
-                summary = run_extract(chosen, resolved, say, stop)
-            except ExecutorError as error:
-                raise click.ClickException(str(error)) from error
-    except Interrupted as error:
-        say(f"{error}. The same command goes on from there")
-        sys.stdout.flush()
-        os._exit(os.EX_TEMPFAIL)  # a thread may still be at a task that was given up
-    _print_record(dataclasses.asdict(summary), as_json)
 
 
 @cli.command()
@@ -246,7 +124,7 @@ def _bytes_bar(name: str) -> Iterator[Callable[[int, int], None]]:
 @click.option("--seed", type=int, help="Initialisation and data order [0].")
 @click.option("--resume", is_flag=True, default=None, help="Continue the run in --out from its last checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@_with_options(_CONFIG_OPTIONS)
+@with_options(CONFIG_OPTIONS)
 def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train a student from a store, with no teacher in memory.
 
@@ -256,7 +134,7 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
     from training.config import TrainConfig
 
     flags["learning_rate"] = flags.pop("lr")
-    with _misuse():
+    with misuse():
         chosen = load_config(TrainConfig, "train", config, settings, flags)
     from training.trainer import run_training
 
@@ -278,7 +156,10 @@ def demo(out: Path, workers: int, seed: int) -> None:
     run_demo(out, workers=workers, seed=seed, say=say)
 
 
-for _command in (store_commands.merge, store_commands.recode, store_commands.drop):
+for _command in (
+    *(extract_commands.extract, extract_commands.plan, extract_commands.status),
+    *(store_commands.merge, store_commands.recode, store_commands.drop),
+):
     cli.add_command(_command)
 
 

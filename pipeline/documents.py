@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.models.resolve import HUB_TIMEOUT_S, one_line, within
 
-_ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SHUFFLE_BUFFER = 10_000
 _ZSTD_BYTES_AT_ONCE = 4096  # what comes of them is in memory at once: seldom over 100 KB, and never over 128 MB
@@ -83,14 +83,14 @@ def _read_part(part: str, text_field: str, split: str) -> Iterator[Document]:
             )
         for file in files:
             yield from _read_file(Path(file), text_field)
-    elif _HUB_ID.fullmatch(part) and not part.endswith((*_ROW_SUFFIXES, ".parquet", ".txt", ".md", ".py")):
+    elif _HUB_ID.fullmatch(part) and not part.endswith((*ROW_SUFFIXES, ".parquet", ".txt", ".md", ".py")):
         yield from _documents(part, _hub_rows(part, split), text_field)
     else:
         raise ValueError(f"--data: {part} does not exist; expected a file, a glob, a datasets folder or a hub id like org/name")
 
 
 def _read_file(path: Path, text_field: str) -> Iterator[Document]:
-    if path.name.endswith(_ROW_SUFFIXES):
+    if path.name.endswith(ROW_SUFFIXES):
         yield from _documents(str(path), _json_rows(path), text_field)
     elif path.suffix == ".parquet":
         yield from _documents(str(path), _parquet_rows(path), text_field)

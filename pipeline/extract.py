@@ -13,18 +13,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tqdm
 import transformers
 
 from kvstore import Store, open_store
-from kvstore.codec import KINDS, format_codecs, parse_codecs
+from kvstore.codec import format_codecs, parse_codecs
 from kvstore.lease import LAYOUT, lease, sweep
-from kvstore.manifest import Group, plan_groups
+from kvstore.manifest import MANIFEST, plan_groups, read_manifest
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
-from kvstore.storage import STAGING, Folder, Storage, locate
+from kvstore.storage import Folder, Storage, locate
 from pipeline.align import Alignment, default_student_layers
+from pipeline.budget import ByteBudget, refuse_small_budget
 from pipeline.chat import template_fingerprint
 from pipeline.config import ExtractConfig
 from pipeline.documents import Document, read_documents, shuffled, subsampled
@@ -39,15 +39,11 @@ from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, RunParts
 from pipeline.plan import Task, estimate_bytes, refuse_tokens
 from pipeline.preflight import existing_folder, refuse_device, refuse_out
+from pipeline.progress import Progress
 from pipeline.samples import Cutter
 from pipeline.stop import NEVER, Stop
 from pipeline.windows import Limits, Windows
 from pipeline.worker import Job, TaskResult, TeacherInfo, TeacherSource
-
-_ROW_BYTES = 600
-"""A sample's row without its text, in a commit record as JSON and in a table; longest seen about 400."""
-_RECORD_BYTES = 65_536
-"""A commit record without its samples: objects and the fidelity of every layer, 0.3 KB each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +93,7 @@ def extract(
             say(f"warning: {problem}")
     tokenizer = load_tokenizer(resolved.path)
     longest = min(config.seq_len, model_config.get_text_config().max_position_embeddings)
-    windows = _windows(config, tokenizer, longest)
+    windows = windows_of(config, tokenizer, longest)
     with tqdm.tqdm(desc="tokenise", unit="tok", unit_scale=True, total=_tokens_expected(config)) as bar:
         first = windows.next(bar.update)
     run = Run(
@@ -105,8 +101,10 @@ def extract(
     )
     executor = make_executor(config, resolved, say, stop)
     try:
-        signal = _signal(run, executor.describe())
+        signal = signal_of(run, executor.describe())
         _announce(run, signal)
+        if storage.size(MANIFEST) is None:
+            refuse_small_budget(config.max_bytes, tokenizer, signal.stored)
         with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=say):
             parts, part = enter(run, signal, executor)
         results, seconds = _run_tasks(run, executor, signal, windows, parts, part, stop)
@@ -118,7 +116,7 @@ def extract(
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
 
 
-def _windows(config: ExtractConfig, tokenizer: Any, longest: int) -> Windows:
+def windows_of(config: ExtractConfig, tokenizer: Any, longest: int) -> Windows:
     """The data, to be read as far as is asked for."""
 
     def read() -> Iterator[Document]:
@@ -166,7 +164,7 @@ def make_executor(config: ExtractConfig, resolved: ResolvedModel, say: Say, stop
     return SerialExecutor(source, on_bad_sample=config.on_bad_sample, stop=stop, say=say)
 
 
-def _signal(run: Run, info: TeacherInfo) -> Signal:
+def signal_of(run: Run, info: TeacherInfo) -> Signal:
     """What this teacher and these settings store."""
     refuse_tokens(run.first, info.num_embeddings)
     alignment, stored = _stored(run, info)
@@ -200,21 +198,27 @@ def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
             f"--student: {config.student} has another tokenizer than the teacher, so its tokens are not the teacher's tokens; "
             "extract without --student (a raw store keeps the text), or name a student of the teacher's family"
         )
-    student_spec = probe_kv_spec(student)
+    alignment, stored = stored_geometry(config, info.spec, probe_kv_spec(student))
+    if not alignment.baked:
+        run.say(
+            f"--student: {config.student} has no fewer values per layer than the teacher, so baking would not make the store "
+            "smaller; the teacher's own keys and values are stored and the alignment is recorded to be applied at load"
+        )
+    return alignment, stored
+
+
+def stored_geometry(config: ExtractConfig, teacher: KVSpec, student: KVSpec) -> tuple[Alignment, KVSpec]:
+    """The alignment of the layers asked for, baked where that makes the store smaller, and the geometry that will lie on disk."""
     layers = (
-        default_student_layers(len(student_spec.layers))
+        default_student_layers(len(student.layers))
         if config.layers is None
-        else parse_layers(config.layers, student_spec.layer_numbers)
+        else parse_layers(config.layers, student.layer_numbers)
     )
-    alignment = Alignment.plan(info.spec, student_spec, layer_map=config.layer_map, student_layers=layers)
+    alignment = Alignment.plan(teacher, student, layer_map=config.layer_map, student_layers=layers)
     if alignment.is_smaller:
         alignment = dataclasses.replace(alignment, baked=True)
         return alignment, alignment.stored_spec()
-    run.say(
-        f"--student: {config.student} has no fewer values per layer than the teacher, so baking would not make the store smaller; "
-        "the teacher's own keys and values are stored and the alignment is recorded to be applied at load"
-    )
-    return alignment, info.spec.select(alignment.teacher_layers)
+    return alignment, teacher.select(alignment.teacher_layers)
 
 
 def _announce(run: Run, signal: Signal) -> None:
@@ -243,42 +247,37 @@ def _run_tasks(
     run: Run, executor: Executor, signal: Signal, windows: Windows, parts: RunParts, first: Part, stop: Stop
 ) -> tuple[list[TaskResult], float]:
     """Run the tasks that are not committed, in waves none of which can pass the byte limit."""
-    max_bytes = run.config.max_bytes
-    worst = _worst_case_bytes(signal.groups)
+    budget = ByteBudget(run.storage, read_manifest(run.storage), run.config.max_bytes)
     results: list[TaskResult] = []
-    started, used = time.perf_counter(), _folder_bytes(run.storage)
-    total = None if not run.first.last else sum(task.num_tokens for task in _own(run, first))
-    with tqdm.tqdm(desc="extract", unit="tok", unit_scale=True, total=total or _tokens_expected(run.config)) as bar:
-
-        def stored(num_tokens: int) -> None:
-            bar.initial += num_tokens
-            bar.update(num_tokens)
-
-        flow = TaskFlow(run, windows, parts, first, num_embeddings=signal.info.num_embeddings, stored=stored)
+    started = time.perf_counter()
+    total = sum(task.num_tokens for task in _own(run, first)) if run.first.last else _tokens_expected(run.config)
+    with Progress(
+        run.storage, run.say, workers=max(run.config.workers, 1), device=signal.info.device, total_tokens=total
+    ) as progress:
+        flow = TaskFlow(run, windows, parts, first, num_embeddings=signal.info.num_embeddings, stored=progress.found)
         with contextlib.closing(flow):
             more = True
             while more:
-                budget = None if max_bytes is None else max_bytes - used
                 before = len(results)
-                for result in executor.run(signal.job, flow.wave(lambda task: _worst_bytes(task, worst), budget)):
+                for result in executor.run(signal.job, progress.begun(flow.wave(budget.admits))):
                     results.append(result)
                     flow.done(result.shard)
-                    bar.update(result.num_tokens)
+                    progress.add(result)
                     for bad in result.quarantined:
                         run.say(f"left out: {bad}")
-                used = _folder_bytes(run.storage)
+                budget.recount()
                 more = flow.is_stopped and len(results) > before and not stop.requested
-        if flow.is_stopped and not stop.requested:
-            run.say(
-                f"stopped before --max-bytes {max_bytes:,}: {used:,} bytes are stored, and the next shard could pass the limit; what is "
-                "committed can be used, and the same command with a larger limit goes on"
-            )
-        with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
-            compact(run.storage)
-            seconds = time.perf_counter() - started
-            if stop.requested:
-                raise stop.interrupted(_how_far(run.storage))
-            gate_after(run, signal, executor)
+    if flow.is_stopped and not stop.requested:
+        run.say(
+            f"stopped before --max-bytes {run.config.max_bytes:,}: {budget.used_bytes:,} bytes are in the store, and the next shard could "
+            "pass the limit; what is committed can be used, and the same command with a larger limit goes on"
+        )
+    with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
+        compact(run.storage)
+        seconds = time.perf_counter() - started
+        if stop.requested:
+            raise stop.interrupted(_how_far(run.storage))
+        gate_after(run, signal, executor)
     return results, seconds
 
 
@@ -290,27 +289,6 @@ def _how_far(storage: Storage) -> str:
 
 def _own(run: Run, part: Part) -> list[Task]:
     return [part.tasks[index] for index in share_of(run.config, len(part.tasks), 0)]
-
-
-def _folder_bytes(storage: Storage) -> int:
-    """Every byte of the store but those of unfinished files."""
-    return sum(entry.size_bytes for entry in storage.entries("") if not entry.key.startswith(f"{STAGING}/"))
-
-
-def _worst_bytes(task: Task, token_bytes: int) -> int:
-    """What a task can add to the store if nothing compresses: its shard, its record, and its rows and texts in a table."""
-    texts = sum(len((sample.row.text or "").encode()) for sample in task.samples)
-    return task.num_tokens * token_bytes + 3 * texts + _ROW_BYTES * len(task.samples) + _RECORD_BYTES
-
-
-def _worst_case_bytes(groups: tuple[Group, ...]) -> int:
-    """Bytes of one token if nothing compresses; a little over for chunk headers."""
-    values = sum(
-        len(group.layers) * int(np.prod(group.code_shape(kind))) * group.storage_dtype(kind).itemsize
-        for group in groups
-        for kind in KINDS
-    )
-    return int(1.02 * values) + np.dtype(np.int32).itemsize + 1
 
 
 def _summary(storage: Storage, results: list[TaskResult], run_s: float, seconds: float) -> ExtractSummary:

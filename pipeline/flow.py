@@ -79,20 +79,18 @@ class TaskFlow:
         self.range = range(first.first_shard, first.first_shard)
         """Shards of this run's share in the newest window."""
 
-    def wave(self, cost: Callable[[Task], int], budget: int | None) -> Iterator[Task]:
-        """The next tasks whose costs together stay within the budget; all that are left when there is none."""
+    def wave(self, admits: Callable[[Task], bool]) -> Iterator[Task]:
+        """The next tasks, up to the first that is not admitted."""
         while (task := self._held or next(self._tasks, None)) is not None:
             self._held = task
-            if budget is not None:
-                budget -= cost(task)
-                if budget < 0:
-                    return
+            if not admits(task):
+                return
             self._held = None
             yield task
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a task is left that no wave could afford."""
+        """Whether a task is left that was not admitted."""
         return self._held is not None
 
     def done(self, shard: int) -> None:

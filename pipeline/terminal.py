@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from kvstore.verify import Report
 
 
@@ -90,3 +92,15 @@ def report_lines(report: Report) -> list[str]:
         size = f"{len(report.orphans)} leftover files of killed writers, such as {report.orphans[0]}"
         lines.append(f"  {size}; harmless, 'kvpipe repair' removes them")
     return lines
+
+
+def aligned(lines: Iterable[tuple[str, str]]) -> RenderableType:
+    """Names and what is said of them, each text under the other however often it is wrapped."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 0, 0, 2))
+    table.add_column(no_wrap=True)
+    for name, text in lines:
+        table.add_row(Text(name), Text(text))
+    return table

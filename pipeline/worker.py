@@ -84,7 +84,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """What came of a task."""
+    """What came of a task. Seconds are those in which a stage was at work on it; stages overlap."""
 
     shard: int
     num_samples: int

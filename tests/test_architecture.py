@@ -10,6 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kvstore", "pipeline", "training")
+COMMANDS = {
+    *("pipeline/cli.py", "pipeline/options.py", "pipeline/terminal.py", "pipeline/status_view.py"),
+    *("pipeline/extract_commands.py", "pipeline/store_commands.py"),
+}
 TOP = {"pipeline/cli.py", "pipeline/store_commands.py", "pipeline/demo.py"}
 
 MAY_IMPORT = {
@@ -26,8 +30,8 @@ ONLY_IN = {
     "zarr": {"kvstore"},
     "tensorstore": {"kvstore"},
     "datasets": {"pipeline/documents.py"},
-    "click": {"pipeline/cli.py", "pipeline/store_commands.py", "pipeline/terminal.py"},
-    "matplotlib": {"training/report.py"},
+    "click": COMMANDS,
+    "matplotlib": {"training/report.py", "pipeline/progress_plot.py"},
 }
 """Libraries that only these files or rooms know."""
 

@@ -48,13 +48,14 @@ class ResolvedModel:
     """The teacher preset of that name, if it is one."""
 
 
-def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
+def resolve_model(name: str, revision: str | None = None, *, download: bool = True) -> ResolvedModel:
     """Find a model by preset name, local folder or hub id, downloading it if need be and the hub can be reached.
 
     A preset named like a folder wins; write `./name` for the folder.
 
     Args:
         revision: branch, tag or commit of a hub repository; its default branch if None.
+        download: whether to fetch what is not here; without it the hub is not asked.
 
     Raises:
         ModelLoadError: there is no such model here or on the hub, or its checkpoint is incomplete.
@@ -70,7 +71,7 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
         id_or_path = str(path)
     else:
         id_or_path = (preset and preset.id) or name
-        path = _snapshot(id_or_path, revision, name)
+        path = _snapshot(id_or_path, revision, name) if download else _cached(id_or_path, revision)
         commit = path.name
     if problems := validate_checkpoint(path):
         raise ModelLoadError(f"{name}: the checkpoint in {path} cannot be used: " + "; ".join(problems))
@@ -111,6 +112,23 @@ def _snapshot(repo_id: str, revision: str | None, name: str) -> Path:
     except failures as error:
         raise ModelLoadError(
             f"{repo_id}: the download broke off ({type(error).__name__}: {error}); run the same command again, it resumes"
+        ) from error
+
+
+def _cached(repo_id: str, revision: str | None) -> Path:
+    """Folder of one commit of a hub repository in the local cache."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED), local_files_only=True
+            )
+        )
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
+        raise ModelLoadError(
+            f"{repo_id} is not in the local hub cache {constants.HF_HUB_CACHE} at revision {revision or 'main'!r}; fetch it with "
+            f"'hf download {repo_id}'"
         ) from error
 
 

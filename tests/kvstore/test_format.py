@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,8 @@ from kvstore.rewrite import merge_stores, recode_store
 from kvstore.samples import compact, write_repeats
 from kvstore.storage import locate
 from kvstore.writer import extend_store
+from pipeline.progress import Progress
+from pipeline.worker import TaskResult
 from tests.stores import Source, begin_store, random_source, small_spec, write_shard, write_store
 
 FORMAT = Path(__file__).parents[2] / "FORMAT.md"
@@ -943,6 +946,32 @@ def test_a_claim_says_who_writes_which_shards_and_dies_with_its_holder(tmp_path:
         os.utime(file, (then, then))
         with pytest.raises(LeaseHeldError) if blocked else contextlib.nullcontext(), lease(storage, 4, 5, "kvpipe extract"):
             pass
+
+
+@rule("12.1", "12.2")
+def test_logs_say_how_runs_went_and_can_be_deleted(written: Path, store_path: Path) -> None:
+    storage = locate(store_path)
+    done = TaskResult(shard=0, num_samples=1, num_tokens=100, stored_bytes=500, compute_s=0.5, write_s=0.1)
+    for error in (None, ValueError("bad data")):
+        run = Progress(storage, lambda _: None, workers=1, device="cpu", total_tokens=200, done_tokens=0)
+        with contextlib.suppress(ValueError), run:
+            run.add(done)
+            if error:
+                raise error
+    files = sorted((store_path / "progress").glob("*/00000.jsonl"))
+    assert len({file.parent for file in files}) == 2
+    logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert {line["event"] for log in logs for line in log} == {"start", "progress", "error", "end"}
+    for start, reading, _ in logs:
+        assert (start["host"], start["pid"]) == (socket.gethostname(), os.getpid())
+        assert reading["committed"] == {"0": [100, 500]}
+        assert {"shards", "tokens", "stored_bytes", "tokens_per_s", "shares", "bottleneck", "eta_s"} <= reading.keys()
+        assert time.time() - 60 < reading["time_s"] <= time.time()
+    expected = open_store(written).samples.ids
+    files[0].write_text("no JSON")
+    assert open_store(store_path).samples.ids == expected
+    shutil.rmtree(store_path / "progress")
+    assert open_store(store_path).samples.ids == expected
 
 
 def test_all_store_errors_share_one_base_class() -> None:

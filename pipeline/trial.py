@@ -1,0 +1,328 @@
+"""A trial of an extraction: a few tasks of the real data with the real teacher and workers, into stores that are thrown away.
+
+Measures what nobody can know beforehand: the bytes per token of every codec, and how fast this teacher runs here. Uses the
+executor, worker and writer of an extraction. Knows neither how much data there is nor what people want to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvstore import CodecError, Store
+from kvstore.arrays import array_key, array_keys, index_bytes, shard_key
+from kvstore.calibration import Calibration, calibration_fingerprint, fit_groups
+from kvstore.codec import CODECS, KINDS, Codec, format_codecs, parse_codecs
+from kvstore.commits import Commit, read_commit
+from kvstore.layout import Layout
+from kvstore.manifest import Manifest, plan_groups
+from kvstore.storage import Folder, Storage, locate
+from kvstore.writer import ShardWriter, create_store
+from pipeline.config import ExtractConfig
+from pipeline.enter import Run, Signal
+from pipeline.executors import Executor
+from pipeline.parts import token_arrays
+from pipeline.plan import Task, padded_length, plan_batches, plan_tasks
+from pipeline.samples import Sample
+from pipeline.worker import Moments, merge_moments
+
+_SIZE_TOKENS, _SIZE_VALUES = 16_384, 96 * 10**6
+"""What bytes per token are measured on: as many tokens as either allows, one sample at least."""
+_WARM_UP_TOKENS = 512
+_LEAST_SIZE_TOKENS = 2048
+_GATE_TOKENS = 256
+_SHORT = 0.5
+"""Of the time wanted: a measurement that took less is made again with more tasks."""
+_ROOM = 2**20
+"""Shards of a trial store: room for every task of the trial, which have numbers of their own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How workers cut a task into forward passes."""
+
+    batch_tokens: int
+    max_positions: int
+    alone: bool
+
+    def batches(self, samples: Sequence[Sample]) -> list[tuple[list[Sample], int]]:
+        """The samples of each forward pass and the length each is padded to."""
+        lengths = [len(sample.input_ids) for sample in samples]
+        found = plan_batches(lengths, self.batch_tokens, self.max_positions, alone=self.alone)
+        width = (lambda length: length) if self.alone else (lambda length: padded_length(length, self.max_positions))
+        return [([samples[row] for row in rows], width(lengths[rows[0]])) for rows in found]
+
+    def padded_tokens(self, samples: Sequence[Sample]) -> int:
+        """Tokens the teacher computes, padding included."""
+        return sum(len(rows) * width for rows, width in self.batches(samples))
+
+    def cut(self, samples: Sequence[Sample], most_padded: float) -> list[Sample]:
+        """Whole forward passes, evenly spread, of at most so many padded tokens; of a larger one a part, of one sample at least."""
+        batches = self.batches(samples)
+        total = sum(len(rows) * width for rows, width in batches)
+        count = max(int(len(batches) * min(most_padded / total, 1.0)), 1)
+        chosen = [batches[(2 * turn + 1) * len(batches) // (2 * count)] for turn in range(count)]
+        if count == 1:
+            rows, width = chosen[0]
+            return rows[: max(int(most_padded // width), 1)]
+        return [sample for rows, _ in chosen for sample in rows]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RungSize:
+    """What keys and values take on disk in one codec, as measured."""
+
+    codecs: Mapping[int, Codec]
+    bytes_per_token: float
+    """Without the indices of the shards, which depend on the layout alone."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Everything measured in bytes."""
+
+    tokens: int
+    """Tokens it was measured on."""
+    rungs: Mapping[str, RungSize]
+    """By codec as `parse_codecs` reads it; the one asked for first."""
+    other_bytes_per_token: float
+    """Of arrays beside keys and values."""
+    other_arrays: int
+    own_bytes: int
+    """Of an empty store: tokenizer, metadata, calibration, manifest."""
+    own_files: int
+    commit: Commit
+    """One of the codec asked for, as an example of what records say."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast an extraction is once it runs."""
+
+    tokens: int
+    """Tokens it was measured on."""
+    seconds: float
+    padded_per_s: float
+    """Tokens per second of all workers together, padding included, from text in memory to committed shards."""
+    gate_s_per_token: float
+    """Of reading a token with and without the codec."""
+
+
+class Trial:
+    """Runs the trial in stores at `place`.
+
+    Args:
+        shards: the samples of the run's own tasks.
+        layout: of the store that is planned.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        signal: Signal,
+        executor: Executor,
+        batching: Batching,
+        shards: Sequence[Sequence[Sample]],
+        layout: Layout,
+        place: str,
+    ) -> None:
+        self._run, self._signal, self._executor, self._batching = run, signal, executor, batching
+        self._shards, self._place, self._workers = shards, place, max(run.config.workers, 1)
+        self._layout = dataclasses.replace(layout, num_shards=_ROOM)
+        # Workers keep by its shard what they computed for calibration: no number may come twice.
+        self._numbers = itertools.count()
+
+    def measure(self, seconds: float) -> tuple[Sizes, Speed]:
+        """Measure sizes, then speed for about so many seconds; computing for sizes takes about as long again."""
+        started = time.perf_counter()
+        warm_up = [self._batching.cut(samples, _WARM_UP_TOKENS) for samples in self._shards[-self._workers :]]
+        self._calibrate(warm_up)
+        padded_per_s = sum(map(self._batching.padded_tokens, warm_up)) / (time.perf_counter() - started)
+        affordable = max(padded_per_s * seconds, _LEAST_SIZE_TOKENS)
+        most = min(_SIZE_TOKENS, _SIZE_VALUES / self._signal.stored.values_per_token, affordable)
+        started = time.perf_counter()
+        pieces = [self._batching.cut(samples, most / self._workers) for samples in self._shards[: self._workers]]
+        tasks, moments = self._calibrate(pieces)
+        padded_per_s = sum(map(self._batching.padded_tokens, pieces)) / (time.perf_counter() - started)
+        raw = self._raw_store(tasks)
+        codec = format_codecs(self._signal.codecs)
+        storage, calibration = self._create(codec, self._signal.codecs, moments)
+        own = list(storage.entries(""))
+        speed = self._time(storage, padded_per_s, seconds, calibration)
+        others = array_keys(raw.manifest)[2 * len(raw.manifest.groups) :]
+        sizes = Sizes(
+            tokens=sum(task.num_tokens for task in tasks),
+            rungs={
+                text: RungSize(codecs=codecs, bytes_per_token=self._bytes_per_token(raw, moments, codecs))
+                for text, codecs in self._rungs(codec)
+            },
+            other_bytes_per_token=_payload_per_token(raw, others),
+            other_arrays=len(others),
+            own_bytes=sum(entry.size_bytes for entry in own),
+            own_files=len(own),
+            commit=_commits(Store(storage))[0],
+        )
+        return sizes, speed
+
+    def _calibrate(self, pieces: Sequence[Sequence[Sample]]) -> tuple[list[Task], Moments]:
+        """Have the workers compute and keep these samples, one task for each piece."""
+        tasks = [task for samples in pieces for task in plan_tasks(samples, self._layout, next(self._numbers))]
+        return tasks, merge_moments(dict(self._executor.calibrate(self._signal.job, tasks)))
+
+    def _raw_store(self, tasks: Sequence[Task]) -> Store:
+        """A store of the captured bits of what the workers have kept."""
+        storage, _ = self._create("raw", parse_codecs("raw", self._signal.stored.layer_numbers), {})
+        for _ in self._executor.run(dataclasses.replace(self._signal.job, store=storage.location), tasks):
+            pass
+        return Store(storage)
+
+    def _create(self, name: str, codecs: Mapping[int, Codec], moments: Moments) -> tuple[Storage, Calibration]:
+        """An empty store as the run would make it."""
+        groups = plan_groups(self._signal.stored, codecs)
+        calibration = fit_groups(groups, moments)
+        digest = calibration_fingerprint(calibration)
+        manifest = Manifest(
+            spec=self._signal.stored,
+            teacher=self._signal.info.spec,
+            layout=self._layout,
+            groups=groups,
+            alignment=self._signal.alignment.to_json() if self._signal.alignment else None,
+            calibration=digest,
+            token_arrays=token_arrays(self._run.first),
+            metadata={},
+            tokenizer={},
+            signal={**self._signal.record, "codec": format_codecs(codecs), "calibration": digest},
+            data={"parts": [], "dropped": None},
+            runs=[],
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            kvpipe_version=importlib.metadata.version("kvpipe"),
+        )
+        storage = locate(f"{self._place}/{next(self._numbers)}-{name}")
+        with tempfile.TemporaryDirectory() as folder:
+            self._run.tokenizer.save_pretrained(folder)
+            create_store(storage, manifest, calibration, Path(folder))
+        return storage, calibration
+
+    def _rungs(self, codec: str) -> Iterator[tuple[str, Mapping[int, Codec]]]:
+        """The codec asked for and every rung that this geometry can have."""
+        for text in dict.fromkeys([codec, *CODECS]):
+            codecs = parse_codecs(text, self._signal.stored.layer_numbers)
+            with contextlib.suppress(CodecError):
+                plan_groups(self._signal.stored, codecs)
+                yield text, codecs
+
+    def _bytes_per_token(self, raw: Store, moments: Moments, codecs: Mapping[int, Codec]) -> float:
+        """Encode the raw store in another codec, as a writer does, and see what it takes."""
+        manifest = raw.manifest
+        if {codec.name for codec in codecs.values()} == {"raw"}:
+            return _payload_per_token(raw, _kv_arrays(manifest))
+        storage, calibration = self._create("rung", codecs, moments)
+        store = Store(storage)
+        for commit in _commits(raw):
+            writer = ShardWriter(storage, store.manifest, calibration, commit.shard, commit.samples)
+            start = commit.shard * manifest.layout.shard_tokens
+            spans = [(row.token_start - start, row.num_tokens) for row in commit.samples]
+            indices = np.flatnonzero(raw.samples.shard == commit.shard).tolist()
+            for layer in manifest.spec.layer_numbers:
+                batch = raw.read(indices, [layer])
+                writer.put(layer, spans, batch.key[0], batch.value[0])
+            for (offset, _), first, stop in zip(spans, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+                beside = {name: numbers[first:stop] for name, numbers in batch.beside.items()}
+                writer.put_tokens(offset, batch.input_ids[first:stop], beside)
+            writer.commit()
+        return _payload_per_token(Store(storage), _kv_arrays(store.manifest))
+
+    def _time(self, storage: Storage, padded_per_s: float, seconds: float, calibration: Calibration) -> Speed:
+        """Run tasks until they take long enough, or all there are."""
+        job = dataclasses.replace(self._signal.job, store=storage.location)
+        while True:
+            pieces = self._pieces(padded_per_s * seconds)
+            tasks = [task for samples in pieces for task in plan_tasks(samples, self._layout, next(self._numbers))]
+            padded = {task.shard: self._batching.padded_tokens(samples) for task, samples in zip(tasks, pieces, strict=True)}
+            started = time.perf_counter()
+            finished = {result.shard: time.perf_counter() - started for result in self._executor.run(job, tasks)}
+            elapsed = max(finished.values())
+            if len(tasks) <= self._workers:  # one each: who is done early would have gone on
+                padded_per_s = sum(padded[shard] / finished[shard] for shard in finished)
+            else:
+                padded_per_s = sum(padded.values()) / elapsed
+            if elapsed >= _SHORT * seconds or sum(map(len, pieces)) == sum(map(len, self._shards)):
+                break
+        return Speed(
+            tokens=sum(task.num_tokens for task in tasks),
+            seconds=elapsed,
+            padded_per_s=padded_per_s,
+            gate_s_per_token=self._time_gate(calibration),
+        )
+
+    def _pieces(self, padded_tokens: float) -> Sequence[Sequence[Sample]]:
+        """Whole tasks, the same number for each worker, of so many tokens together; where one each is too much, parts of them."""
+        mean = sum(map(self._batching.padded_tokens, self._shards)) / len(self._shards)
+        each = int(padded_tokens / self._workers / mean)
+        if each < 1:
+            return [self._batching.cut(samples, padded_tokens / self._workers) for samples in self._shards[: self._workers]]
+        return self._shards[: each * self._workers]
+
+    def _time_gate(self, calibration: Calibration) -> float:
+        """Seconds for each token of a gate run; 0 where nothing is quantised, which takes half as long and once."""
+        if not calibration:
+            return 0.0
+        codec, timed = format_codecs(self._signal.codecs), 0.0
+        for most in (_GATE_TOKENS // 8, _GATE_TOKENS):  # the first to warm up
+            input_ids = self._shards[0][0].input_ids[:most]
+            started = time.perf_counter()
+            self._executor.ask("gate", self._signal.job, (input_ids,), codec, calibration)
+            timed = (time.perf_counter() - started) / len(input_ids)
+        return timed
+
+
+def _commits(store: Store) -> list[Commit]:
+    return [read_commit(store.storage, shard) for shard in store.samples.summary["shard"].to_pylist()]
+
+
+def _kv_arrays(manifest: Manifest) -> list[str]:
+    return [array_key(group, group.array(kind)) for group in manifest.groups for kind in KINDS]
+
+
+def _payload_per_token(store: Store, arrays: Sequence[str]) -> float:
+    """Stored bytes per token of some arrays, without the indices of their shards."""
+    commits = _commits(store)
+    total = 0
+    for commit in commits:
+        sizes = {stored.path: stored.size_bytes for stored in commit.objects}
+        total += sum(sizes[shard_key(array, commit.shard)] - shard_index_bytes(store.manifest, array) for array in arrays)
+    return total / sum(commit.num_tokens for commit in commits)
+
+
+def shard_index_bytes(manifest: Manifest, array: str) -> int:
+    """Bytes at the end of a shard that say where its chunks are: the same for a full shard and for one that is nearly empty."""
+    return index_bytes(manifest, array) - 4  # the crc32c of the last chunk is the chunk's
+
+
+@contextlib.contextmanager
+def trial_place(config: ExtractConfig) -> Iterator[str]:
+    """Somewhere to throw stores away that every worker can see: a temporary folder, for workers elsewhere beside `out`."""
+    if config.ray_address is None:
+        with tempfile.TemporaryDirectory(prefix="kvpipe-plan-") as folder:
+            yield folder
+        return
+    assert config.out is not None
+    storage = locate(f"{locate(config.out).location}.plan-{secrets.token_hex(4)}")
+    try:
+        yield storage.location
+    finally:
+        for entry in list(storage.entries("")):
+            storage.delete(entry.key)
+        if isinstance(storage, Folder):
+            shutil.rmtree(storage.root, ignore_errors=True)
