@@ -25,7 +25,7 @@ class Records:
 
     per_token: float
     """Commit records and sample tables: ids, sources, texts."""
-    per_shard: float
+    per_shard: int
     """A commit record without samples."""
     own: int
     """Of an empty store: tokenizer, metadata, calibration, manifest."""
@@ -151,7 +151,7 @@ class Sizing:
     other_bytes_per_token: float = 0.0
     """Of arrays beside keys and values, such as token ids, without indices."""
     other_arrays: int = 1
-    records: Records = Records(per_token=0.0, per_shard=0.0, own=0, own_files=0)
+    records: Records = Records(per_token=0.0, per_shard=0, own=0, own_files=0)
     seconds: float = 0.0
     """That the run will take, for the size of its log."""
 

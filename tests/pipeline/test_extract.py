@@ -278,13 +278,22 @@ def test_baking_that_would_not_shrink_the_store_is_recorded_instead(teacher: Pat
     assert store.spec.layer_numbers == (2, 3)
 
 
-def test_the_byte_limit_is_never_passed_and_can_be_raised(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    whole = run(teacher, corpus, tmp_path / "whole")
-    limit = whole.stored_bytes // 2
-    summary = run(teacher, corpus, tmp_path / "store", max_bytes=limit)
-    assert 0.5 * limit < summary.stored_bytes <= limit
-    assert run(teacher, corpus, tmp_path / "store", max_bytes=2 * whole.stored_bytes).stored_bytes == whole.stored_bytes
-    assert by_id(open_store(tmp_path / "store")) == by_id(open_store(tmp_path / "whole"))
+def test_no_byte_of_the_store_passes_the_limit_which_can_be_raised(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store, whole = tmp_path / "store", tmp_path / "whole"
+    run(teacher, corpus, whole)
+
+    def bytes_of(path: Path) -> int:
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+    limit = bytes_of(whole) * 2 // 3
+    with pytest.raises(ValueError, match=r"--max-bytes: got 20,000, but a store without a single shard takes about"):
+        run(teacher, corpus, store, max_bytes=20_000)
+    assert not store.exists()
+    summary = run(teacher, corpus, store, max_bytes=limit)
+    assert 0.5 * limit < bytes_of(store) <= limit
+    assert 0 < summary.new_shards < summary.num_shards
+    assert run(teacher, corpus, store, max_bytes=2 * bytes_of(whole)).num_samples == len(open_store(whole))
+    assert by_id(open_store(store)) == by_id(open_store(whole))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_teacher_is_refused(corpus: Path, tmp_path: Path) -> None:

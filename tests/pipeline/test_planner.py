@@ -1,0 +1,401 @@
+"""`kvpipe plan`: what it says against what an extraction then does, and what it says where little is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from kvstore import StoreFormatError, open_store
+from kvstore.codec import CODECS
+from kvstore.layout import fill_shards, plan_layout
+from kvstore.spec import parse_layers
+from pipeline.cli import cli
+from pipeline.config import ExtractConfig
+from pipeline.data_size import measure_data, text_bytes
+from pipeline.estimate import Alternative, Estimate, Records, Room, Rung, alternatives, scaled_layout
+from pipeline.extract import ExtractSummary, extract
+from pipeline.models.presets import teacher_preset_names
+from pipeline.models.resolve import ModelLoadError, resolve_model
+from pipeline.planner import plan_extraction
+from tests.checkpoints import byte_tokenizer, save_checkpoint
+
+STDLIB = Path(json.__file__).parent
+TRIAL_S = 0.2
+
+
+def texts(num_bytes: int, each: int = 700) -> list[str]:
+    source = "".join(file.read_text() for file in sorted(STDLIB.parent.glob("*.py")))[:num_bytes]
+    return [source[first : first + each] for first in range(0, len(source), each)]
+
+
+def write_rows(path: Path, rows: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "more": "x" * 30}) + "\n" for text in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", texts(40_000))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("teacher") / "qwen2", "qwen2", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    over = {"num_key_value_heads": 1, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return save_checkpoint(tmp_path_factory.mktemp("student") / "qwen2", "qwen2", seed=1, **over)
+
+
+def config_of(teacher: Path | str, corpus: Path, out: Path | str, **settings: Any) -> ExtractConfig:
+    chosen = {"seq_len": 200, "batch_tokens": 1024, "accept_fidelity": True, **settings}
+    return ExtractConfig(teacher=str(teacher), data=(str(corpus),), out=str(out), **chosen)
+
+
+def plan(config: ExtractConfig, **over: Any) -> Estimate:
+    return plan_extraction(config, lambda _: None, trial_s=TRIAL_S, **over)
+
+
+def run(config: ExtractConfig) -> ExtractSummary:
+    return extract(config, resolve_model(config.teacher), say=lambda _: None)
+
+
+def bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="mix"),
+        pytest.param({"codec": "raw", "keep_text": False}, id="raw-without-text"),
+        pytest.param({"codec": "q4z,0=q8"}, id="by-layer"),
+        pytest.param({"student": "tiny"}, id="baked"),
+        pytest.param({"max_tokens": 20_000, "seed": 3}, id="part-of-the-data"),
+    ],
+)
+def test_sizes_are_within_three_percent_of_what_is_then_written(
+    settings: dict[str, Any], teacher: Path, student: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "store"
+    settings = {name: str(student) if value == "tiny" else value for name, value in settings.items()}
+    config = config_of(teacher, corpus, out, **settings)
+    estimate = plan(config)
+    assert list(tmp_path.iterdir()) == [], "nothing may be written to --out"
+    summary = run(config)
+    assert (estimate.num_tokens, estimate.is_exact) == (summary.num_tokens, True)
+    assert estimate.chosen.total_bytes == pytest.approx(bytes_of(out), rel=0.03)
+    assert estimate.chosen.bytes_per_token == pytest.approx(summary.stored_bytes / summary.num_tokens, rel=0.03)
+    assert estimate.chosen.shards == summary.num_shards
+    assert estimate.files == pytest.approx(len([path for path in out.rglob("*") if path.is_file()]), abs=1)  # a plot or none
+    store = open_store(out)
+    assert (estimate.chunk_tokens, estimate.shard_tokens) == (
+        store.manifest.layout.chunk_tokens,
+        store.manifest.layout.shard_tokens,
+    )
+    assert estimate.geometry["values_per_token"] == store.spec.values_per_token
+    assert estimate.geometry["baked"] == ("student" in settings)
+    assert estimate.fits
+    assert estimate.hours is not None
+    assert estimate.hours.total > estimate.hours.steady > 0
+
+
+def test_every_codec_is_measured_as_if_it_had_been_chosen(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    estimate = plan(config_of(teacher, corpus, tmp_path / "store"))
+    assert [rung.codec for rung in estimate.rungs] == ["mix", *(name for name in CODECS if name != "mix")]
+    sizes = {rung.codec: rung for rung in estimate.rungs}
+    for codec in ("raw", "q8", "q4z-min"):
+        summary = run(config_of(teacher, corpus, tmp_path / codec, codec=codec))
+        assert sizes[codec].bytes_per_token == pytest.approx(summary.stored_bytes / summary.num_tokens, rel=0.03)
+        assert sizes[codec].total_bytes == pytest.approx(bytes_of(tmp_path / codec), rel=0.03)
+
+
+def test_workers_of_ray_are_tried_as_they_would_run(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    estimate = plan(config_of(teacher, corpus, tmp_path / "store", workers=2, max_tokens=10_000))
+    assert estimate.measured
+    assert estimate.hours is not None
+    assert estimate.hours.measured_tokens > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_needs_no_more_time_or_disk(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    config = config_of(teacher, corpus, tmp_path / "store", limit=60)
+    run(config)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    estimate = plan(config)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    assert estimate.room.stored_bytes == bytes_of(tmp_path / "store")
+    assert estimate.hours is not None
+    assert estimate.hours.steady == 0
+
+
+def test_a_part_of_the_work_takes_its_part_of_the_time(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    estimate = plan(config_of(teacher, corpus, tmp_path / "store", task_range="1/4"))
+    assert estimate.num_tokens is not None
+    assert estimate.hours is not None
+    assert estimate.hours.steady == pytest.approx(estimate.num_tokens / estimate.hours.tokens_per_s / 4, rel=0.1)
+
+
+def test_a_limit_that_is_too_small_is_told_with_what_would_fit(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    config = config_of(teacher, corpus, tmp_path / "store", codec="q8")
+    estimate = plan(config)
+    assert estimate.chosen.total_bytes is not None
+    tight = plan(config.model_copy(update={"max_bytes": int(0.8 * estimate.chosen.total_bytes) + estimate.room.slack_bytes}))
+    assert tight.fits is False
+    kinds = {other.arguments.split()[0]: other for other in tight.alternatives}
+    assert kinds.keys() == {"--codec", "--layers", "--max-tokens"}
+    for other in tight.alternatives:
+        name, value = other.arguments.split()
+        changed = {"max_tokens": int(value)} if name == "--max-tokens" else {name[2:]: value}
+        assert other.total_bytes <= 0.8 * estimate.chosen.total_bytes
+        out = tmp_path / name
+        run(config.model_copy(update={**changed, "out": str(out)}))
+        assert bytes_of(out) == pytest.approx(other.total_bytes, rel=0.05)
+
+
+def test_with_the_limit_it_names_the_run_finishes_and_with_less_it_may_not(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    config = config_of(teacher, corpus, tmp_path / "store")
+    estimate = plan(config)
+    assert estimate.chosen.total_bytes is not None
+    needed = int(1.03 * estimate.chosen.total_bytes) + estimate.room.slack_bytes
+    summary = run(config.model_copy(update={"max_bytes": needed}))
+    assert summary.num_tokens == estimate.num_tokens
+    assert bytes_of(tmp_path / "store") <= needed
+    shutil.rmtree(tmp_path / "store")
+    cut = run(config.model_copy(update={"max_bytes": int(0.9 * estimate.chosen.total_bytes)}))
+    assert estimate.num_tokens is not None
+    assert cut.num_tokens < estimate.num_tokens
+
+
+def test_a_folder_of_other_files_is_refused(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreFormatError, match=r"is not empty and is not a store"):
+        plan(config_of(teacher, corpus, tmp_path))
+
+
+def test_a_teacher_that_is_nowhere_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"nobody/nothing is not in the local hub cache .*'hf download nobody/nothing'"):
+        plan(config_of("nobody/nothing", corpus, tmp_path / "store"))
+
+
+def no_request(*_: object, **__: object) -> None:
+    pytest.fail("the hub was asked")
+
+
+@pytest.mark.parametrize("name", teacher_preset_names())
+def test_a_preset_without_weights_gives_sizes_and_downloads_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_request)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = ExtractConfig(teacher=name, data=("org/data",), out=str(tmp_path / "store"), max_tokens=10**9)
+    estimate = plan(config)
+    assert (estimate.measured, estimate.hours) == (False, None)
+    assert estimate.note is not None
+    assert "nothing was tried" in estimate.note
+    assert estimate.num_tokens == 10**9
+    bits = {rung.codec: rung.bits_per_value for rung in estimate.rungs}
+    assert bits == pytest.approx({name: codec.nominal_bits for name, codec in CODECS.items()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_preset_of_the_readme_is_about_thirteen_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = ExtractConfig(teacher="qwen2-7b", data=("d/d",), out=str(tmp_path / "store"), max_tokens=10**6)
+    raw = plan(config)
+    assert raw.chosen.total_bytes == pytest.approx(13e9, rel=0.05)
+    assert raw.geometry["kinds"] == [
+        {"layers": "0-27", "num_kv_heads": 4, "key_dim": 128, "value_dim": 128, "rope": "half, 128 of 128 channels"}
+    ]
+    baked = plan(config.model_copy(update={"student": "qwen2-0.5b"}))
+    assert baked.geometry["baked"]
+    assert baked.chosen.bytes_per_token < 2000
+    assert baked.geometry["layers"] == "6,9,12,15,18,21,24,27"
+    few = plan(config.model_copy(update={"max_bytes": 10**9}))
+    for other in few.alternatives:
+        if other.arguments.startswith("--layers"):
+            assert len(parse_layers(other.arguments.split()[1], range(28))) == 2
+
+
+def test_with_no_end_of_the_data_only_what_a_token_takes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    estimate = plan(ExtractConfig(teacher="qwen2-7b", data=("org/data",), out=str(tmp_path / "store")))
+    assert (estimate.num_tokens, estimate.chosen.total_bytes, estimate.files, estimate.fits) == (None, None, None, None)
+    assert estimate.chosen.bytes_per_token > 10_000
+
+
+# How much data there is.
+
+Write = Callable[[Path, list[str]], Path]
+
+
+def as_gz(path: Path, rows: list[str]) -> Path:
+    whole = write_rows(path / "rows", rows).read_bytes()
+    (path / "rows.jsonl.gz").write_bytes(gzip.compress(whole))
+    return path / "rows.jsonl.gz"
+
+
+def as_parquet(path: Path, rows: list[str]) -> Path:
+    pq.write_table(pa.table({"text": rows, "more": ["x"] * len(rows)}), path / "rows.parquet", row_group_size=50)
+    return path / "rows.parquet"
+
+
+def as_files(path: Path, rows: list[str]) -> Path:
+    for number, text in enumerate(rows):
+        (path / f"{number:04d}.txt").write_text(text)
+    return path / "*.txt"
+
+
+KINDS_OF_FILES = [
+    pytest.param(lambda path, rows: write_rows(path / "rows.jsonl", rows), id="jsonl"),
+    pytest.param(as_gz, id="gz"),
+    pytest.param(as_parquet, id="parquet"),
+    pytest.param(as_files, id="text"),
+]
+
+
+@pytest.mark.parametrize("write", KINDS_OF_FILES)
+def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data_size._HEAD_BYTES", 20_000)
+    rows = [text for text in dict.fromkeys(texts(300_000)) if text.strip()]
+    data = write(tmp_path, rows)
+    expected = sum(len(text.encode()) for text in rows)  # one token for each byte
+    size = measure_data(config_of("t", data, "o"), byte_tokenizer(), 200, most_tokens=30_000)
+    assert size.known_tokens <= 30_000
+    assert not size.is_exact
+    assert size.num_tokens == pytest.approx(expected, rel=0.05)
+    assert size.relative_error is not None
+    assert size.relative_error < 0.05
+    assert text_bytes([str(data)], "text", "train") == pytest.approx(expected, rel=0.05)
+    whole = measure_data(config_of("t", data, "o"), byte_tokenizer(), 200)
+    assert (whole.is_exact, whole.how, whole.relative_error) == (True, "all of the data", None)
+    assert whole.num_tokens == pytest.approx(expected, rel=0.005)  # pieces of one token are left out
+    assert [sample.id for sample in whole.samples] == sorted(sample.id for sample in whole.samples)
+
+
+@pytest.mark.parametrize(
+    ("limits", "how", "is_exact"),
+    [
+        pytest.param({"max_tokens": 5000}, "--max-tokens", True, id="tokens"),
+        pytest.param({"limit": 10}, "--limit", True, id="samples"),
+        pytest.param({"max_tokens": 20_000}, "--max-tokens", False, id="tokens-beyond-what-is-read"),
+        pytest.param({"limit": 100}, "--limit", False, id="samples-beyond-what-is-read"),
+        pytest.param({"max_tokens": 10**9}, "40 MB", False, id="more-than-there-is"),
+    ],
+)
+def test_limits_say_how_much_is_stored(limits: dict[str, int], how: str, is_exact: bool, corpus: Path) -> None:
+    config = config_of("t", corpus, "o", **limits)
+    size = measure_data(config, byte_tokenizer(), 200, most_tokens=10_000)
+    whole = measure_data(config, byte_tokenizer(), 200)
+    assert size.is_exact == is_exact
+    assert size.num_tokens == pytest.approx(whole.num_tokens, rel=0.05)
+    if how.startswith("--"):
+        assert size.how == how
+
+
+def test_reading_ends_after_some_time(corpus: Path) -> None:
+    size = measure_data(config_of("t", corpus, "o"), byte_tokenizer(), 200, most_s=0.0)
+    assert 0 < size.known_tokens < 35_000
+    assert not size.is_exact
+
+
+def test_data_of_unknown_size_has_the_size_asked_for_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert text_bytes(["org/data"], "text", "train") is None
+
+
+# Pure arithmetic.
+
+
+def test_a_layout_from_a_part_is_that_of_the_whole() -> None:
+    lengths = [300, 64, 5, 129, 2, 70] * 50
+    assert scaled_layout(lengths, 1.0, 64) == plan_layout(lengths, 64)
+    whole = plan_layout(lengths * 40, 64)
+    part = scaled_layout(lengths, 40.0, 64)
+    assert (part.chunk_tokens, part.shard_tokens) == (whole.chunk_tokens, whole.shard_tokens)
+    assert part.num_shards == pytest.approx(whole.num_shards, abs=2)
+    assert whole.num_shards == sum(1 for _ in fill_shards(lengths * 40, whole))
+
+
+def rung(codec: str, bits: float, total: int) -> Rung:
+    return Rung(codec=codec, bits_per_value=bits, bytes_per_token=1.0, shards=1, total_bytes=total)
+
+
+def test_alternatives_are_the_finest_that_fit() -> None:
+    records = Records(per_token=0.0, per_shard=0, own=0, own_files=0)
+    rungs = [
+        rung("q8", 6.5, 1000_000),
+        rung("raw", 12, 2000_000),
+        rung("fp8", 6.4, 900_000),
+        rung("mix", 3.6, 600_000),
+        rung("q4z", 2.8, 500_000),
+    ]
+    found = alternatives(rungs, [0, 1, 2, 3], records, 10_000, 620_000)
+    assert [other.arguments for other in found] == ["--codec mix", "--layers 1,3", "--max-tokens 6190"]
+    assert [other.total_bytes for other in found] == pytest.approx([600_000, 500_000, 619_000], rel=0.01)
+    assert alternatives(rungs, [0], records, 10_000, 0) == ()
+    assert alternatives(rungs, [0], records, 10_000, 550_000)[0] == Alternative(arguments="--codec q4z", total_bytes=500_000)
+
+
+def test_room_is_the_least_of_disk_and_limit() -> None:
+    def fits(total: int | None, **over: int | None) -> bool | None:
+        room = Room(**{"free_bytes": None, "stored_bytes": 0, "max_bytes": None, "slack_bytes": 10, **over})
+        return room.fits(dataclasses.replace(rung("mix", 3.6, 0), total_bytes=total))
+
+    assert fits(10**15) is True
+    assert fits(100, free_bytes=100) is True
+    assert fits(101, free_bytes=100) is False
+    assert fits(101, free_bytes=100, stored_bytes=1) is True
+    assert fits(101, free_bytes=10**9, max_bytes=110) is False
+    assert fits(100, free_bytes=10**9, max_bytes=110) is True
+    assert fits(None, free_bytes=0) is None
+
+
+# The command.
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["plan", *map(str, arguments)], env={"COLUMNS": "120"})
+
+
+def test_the_command_prints_one_screen_and_fails_where_it_does_not_fit(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments = ("--teacher", teacher, "--data", corpus, "--out", tmp_path / "store", "--seq-len", "200", "--trial-s", "0.2")
+    shown = invoke(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert len(shown.stdout.splitlines()) <= 30
+    for text in ("3 of 3 layers", "2 kv heads", "rope: half", "mix <", "q4z-min", "tokens/s", "start-up", "free", "shards"):
+        assert text in shown.stdout
+    found = invoke(*arguments, "--max-bytes", "400000", "--json", "--student-tokens-per-s", "5000")
+    assert found.exit_code == 1
+    record = json.loads(found.stdout)
+    assert record["fits"] is False
+    assert record["alternatives"]
+    assert record["read_bytes_per_s"] == pytest.approx(5000 * record["rungs"][0]["bytes_per_token"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    shown = invoke("--teacher", "qwen2-7b", "--max-bytes", "9000000000")
+    assert shown.exit_code == 1
+    assert "DOES NOT FIT" in shown.stdout
+    for text in ("--codec q4z", "--layers ", "--max-tokens 6", "Qwen/Qwen2-7B is not in the local hub cache", "hf download"):
+        assert text in " ".join(shown.stdout.split())
+
+
+def test_extract_and_plan_take_the_same_arguments() -> None:
+    options = {name: {option.name for option in cli.commands[name].params} for name in ("extract", "plan")}
+    assert options["plan"] - options["extract"] == {"trial_s", "student_tokens_per_s"}
+    assert options["extract"] - options["plan"] == {"list_presets"}
