@@ -78,6 +78,7 @@ class Progress:
         self._bar.close()
         self._write()
         if kind is not None:
+            self._begin()
             self._log.add("error", error=f"{kind.__name__}: {error}")
             return
         whole = self._meter.read_whole()
@@ -85,23 +86,33 @@ class Progress:
             self._log.add("end", **whole.to_json())
             self._say(self._summary(whole))
 
+    def expect(self, total_tokens: int) -> None:
+        """Say how many tokens all tasks have, once that is known."""
+        self._meter.total_tokens = self._bar.total = total_tokens
+        self._bar.bar_format = _BAR
+
     def found(self, num_tokens: int) -> None:
         """So many tokens of the run were committed before."""
         self._meter.done_tokens += num_tokens
-        self._bar.initial += num_tokens
-        self._bar.update(num_tokens)
+        if self._live:
+            self._bar.initial += num_tokens
+            self._bar.update(num_tokens)
 
     def begun(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The same tasks; the log begins with the first, so that a run with nothing to do leaves none."""
         for task in tasks:
-            if not self._has_begun:
-                self._has_begun = True
-                totals = {"total_tokens": self._meter.total_tokens, "done_tokens": self._meter.done_tokens}
-                self._log.begin(workers=self._workers, device=self._device, **totals)
+            self._begin()
             yield task
+
+    def _begin(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            totals = {"total_tokens": self._meter.total_tokens, "done_tokens": self._meter.done_tokens}
+            self._log.begin(workers=self._workers, device=self._device, **totals)
 
     def add(self, result: TaskResult) -> None:
         """Count the result of a task, and show and log where the run is."""
+        self._begin()
         self._meter.add(result)
         self._unlogged[result.shard] = (result.num_tokens, result.stored_bytes)
         reading, now = self._meter.read(), self._clock()
@@ -116,6 +127,7 @@ class Progress:
 
     def note(self, event: str, **fields: object) -> None:
         """Log something else that happened."""
+        self._begin()
         self._log.add(event, **fields)
 
     def _write(self) -> None:

@@ -67,7 +67,7 @@ class Batching:
         """Tokens the teacher computes, padding included."""
         return sum(len(rows) * width for rows, width in self.batches(samples))
 
-    def cut(self, samples: Sequence[Sample], most_padded: float) -> list[Sample]:
+    def cut(self, samples: Sequence[Sample], most_padded: float | int) -> list[Sample]:
         """Whole forward passes, evenly spread, of at most so many padded tokens; of a larger one a part, of one sample at least."""
         batches = self.batches(samples)
         total = sum(len(rows) * width for rows, width in batches)

@@ -951,9 +951,10 @@ def test_a_claim_says_who_writes_which_shards_and_dies_with_its_holder(tmp_path:
 @rule("12.1", "12.2")
 def test_logs_say_how_runs_went_and_can_be_deleted(written: Path, store_path: Path) -> None:
     storage = locate(store_path)
-    done = TaskResult(shard=0, num_samples=1, num_tokens=100, stored_bytes=500, compute_s=0.5, write_s=0.1)
+    stages = {"compute_s": 0.5, "copy_s": 0.0, "encode_s": 0.1, "write_s": 0.1}
+    done = TaskResult(shard=0, num_samples=1, num_tokens=100, stored_bytes=500, batch_tokens=100, **stages)
     for error in (None, ValueError("bad data")):
-        run = Progress(storage, lambda _: None, workers=1, device="cpu", total_tokens=200, done_tokens=0)
+        run = Progress(storage, lambda _: None, workers=1, device="cpu", total_tokens=200)
         with contextlib.suppress(ValueError), run:
             run.add(done)
             if error:

@@ -272,7 +272,7 @@ def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Pat
     rows = [text for text in dict.fromkeys(texts(300_000)) if text.strip()]
     data = write(tmp_path, rows)
     expected = sum(len(text.encode()) for text in rows)  # one token for each byte
-    size = measure_data(config_of("t", data, "o"), byte_tokenizer(), 200, most_tokens=30_000)
+    size = measure_data(config_of("t", data, "o", window_tokens=25_000), byte_tokenizer(), 200)
     assert size.known_tokens <= 30_000
     assert not size.is_exact
     assert size.num_tokens == pytest.approx(expected, rel=0.05)
@@ -282,7 +282,7 @@ def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Pat
     whole = measure_data(config_of("t", data, "o"), byte_tokenizer(), 200)
     assert (whole.is_exact, whole.how, whole.relative_error) == (True, "all of the data", None)
     assert whole.num_tokens == pytest.approx(expected, rel=0.005)  # pieces of one token are left out
-    assert [sample.id for sample in whole.samples] == sorted(sample.id for sample in whole.samples)
+    assert [sample.id for sample in whole.window.samples] == sorted(sample.id for sample in whole.window.samples)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Pat
 )
 def test_limits_say_how_much_is_stored(limits: dict[str, int], how: str, is_exact: bool, corpus: Path) -> None:
     config = config_of("t", corpus, "o", **limits)
-    size = measure_data(config, byte_tokenizer(), 200, most_tokens=10_000)
+    size = measure_data(config.model_copy(update={"window_tokens": 8000}), byte_tokenizer(), 200)
     whole = measure_data(config, byte_tokenizer(), 200)
     assert size.is_exact == is_exact
     assert size.num_tokens == pytest.approx(whole.num_tokens, rel=0.05)

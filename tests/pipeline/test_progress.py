@@ -38,7 +38,7 @@ class Clock:
 
 def result(shard: int = 0, tokens: int = 1000, **seconds: float) -> TaskResult:
     stages = {"compute_s": 8.0, "copy_s": 0.5, "encode_s": 1.0, "write_s": 2.0, **seconds}
-    return TaskResult(shard=shard, num_samples=1, num_tokens=tokens, stored_bytes=5 * tokens, **stages)
+    return TaskResult(shard=shard, num_samples=1, num_tokens=tokens, stored_bytes=5 * tokens, batch_tokens=1000, **stages)
 
 
 def test_a_reading_tells_rate_shares_bottleneck_and_end() -> None:
@@ -120,7 +120,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def begin(tmp_path: Path) -> Callable[..., Progress]:
     def make(say: Callable[[str], object], clock: Clock, total_tokens: int | None = 40_000, **over: Any) -> Progress:
-        settings = {"workers": 1, "device": "cpu", "total_tokens": total_tokens, "done_tokens": 0, **over}
+        settings = {"workers": 1, "device": "cpu", "total_tokens": total_tokens, **over}
         return Progress(locate(tmp_path), say, clock=clock, **settings)
 
     return make
@@ -219,7 +219,8 @@ def test_an_error_that_ends_a_run_is_logged_and_a_resumed_run_has_a_log_of_its_o
 
     with pytest.raises(ValueError, match="disk on fire"):
         run()
-    with begin(said.append, clock, done_tokens=1000) as progress:
+    with begin(said.append, clock) as progress:
+        progress.found(1000)
         clock.now += 10
         progress.add(result(1))
     logs = lines_of(tmp_path)
@@ -231,8 +232,8 @@ def test_an_error_that_ends_a_run_is_logged_and_a_resumed_run_has_a_log_of_its_o
 
 
 def test_a_run_with_nothing_to_do_leaves_no_log(begin: Callable[..., Progress], tmp_path: Path) -> None:
-    with begin(pytest.fail, Clock(), done_tokens=40_000):
-        pass
+    with begin(pytest.fail, Clock()) as progress:
+        progress.found(40_000)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -53,7 +53,9 @@ class Filling:
             num_samples=len(self.tasks[shard]),
             num_tokens=self.tokens([shard]),
             stored_bytes=5000,
+            batch_tokens=1000,
             compute_s=0.9,
+            copy_s=0.0,
             encode_s=0.1,
             write_s=0.2,
         )
@@ -65,7 +67,7 @@ def filling(tmp_path: Path) -> Filling:
 
 
 def progress_of(filling: Filling, **over: Any) -> Progress:
-    settings = {"workers": 1, "device": "cpu", "total_tokens": sum(LENGTHS), "done_tokens": 0, **over}
+    settings = {"workers": 1, "device": "cpu", "total_tokens": sum(LENGTHS), **over}
     return Progress(filling.storage, lambda _: None, clock=itertools.count(0.0).__next__, **settings)
 
 
@@ -212,8 +214,8 @@ def test_what_ended_the_newest_run_is_shown_until_another_begins(filling: Fillin
     assert status_of(filling).last_error == "OSError: disk full"
     assert "disk full" in invoke(filling.root).output
     with progress_of(filling) as progress:
-        assert status_of(filling).last_error is None
         progress.note("quarantined", sample="3f2a9c01", reason="not finite")
+        assert status_of(filling).last_error is None
     assert [(note["event"], note["sample"]) for note in status_of(filling).notes] == [("quarantined", "3f2a9c01")]
     assert "sample 3f2a9c01, reason not finite" in " ".join(invoke(filling.root).output.split())
 
@@ -259,7 +261,7 @@ def test_it_works_on_a_bucket(bucket: str) -> None:
     with pytest.raises(StoreNotFoundError):
         StatusReader(storage.location).read()
     with lease(storage, LAYOUT, LAYOUT + 1, "kvpipe extract"):
-        progress = Progress(storage, pytest.fail, workers=1, device="cpu", total_tokens=100, done_tokens=0)
+        progress = Progress(storage, pytest.fail, workers=1, device="cpu", total_tokens=100)
         found = StatusReader(storage.location).read()
         progress.note("quarantined", sample="3f2a9c01")
     assert (found.state, found.writers[0].pid) == ("starting", os.getpid())
