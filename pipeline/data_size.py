@@ -60,11 +60,13 @@ def measure_data(config: ExtractConfig, tokenizer: Any, seq_len: int, most_s: fl
     limits = Limits(window_tokens=config.window_tokens, samples=config.limit, tokens=config.max_tokens)
     window = Windows(seen, cutter, limits).next()
     elapsed, known = time.monotonic() - seen.began, window.num_tokens
+    used = seen.sizes[: window.consumed.documents]
     if window.last and not seen.late:
         at_limit = "--limit" if len(window.samples) == config.limit else "--max-tokens"
-        found = _Total(known, None, "all of the data" if seen.ended else at_limit)
+        is_all = seen.ended and len(used) == len(seen.sizes)
+        found = _Total(known, None, "all of the data" if is_all else at_limit)
     else:
-        found = _extrapolate(config, window.samples, seen.text_bytes)
+        found = _extrapolate(config, window.samples, sum(used))
     if not config.keep_text:
         samples = [dataclasses.replace(sample, text=None) for sample in window.samples]
         window = dataclasses.replace(window, samples=samples)
@@ -79,17 +81,17 @@ def measure_data(config: ExtractConfig, tokenizer: Any, seq_len: int, most_s: fl
 
 
 class _Seen:
-    """Passes documents on, counts their bytes, and ends after some time."""
+    """Passes documents on, notes their bytes, and ends after some time."""
 
     def __init__(self, documents: Iterable[Document], most_s: float) -> None:
         self._documents, self._most_s, self.began = documents, most_s, time.monotonic()
-        self.text_bytes, self.ended, self.late = 0, False, False
+        self.sizes, self.ended, self.late = list[int](), False, False
 
     def __iter__(self) -> Iterator[Document]:
         for document in self._documents:
             if self.late:
                 return
-            self.text_bytes += len(document.content())
+            self.sizes.append(len(document.content()))
             yield document
             self.late = time.monotonic() - self.began > self._most_s
         self.ended = True

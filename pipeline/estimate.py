@@ -124,9 +124,13 @@ def scaled_layout(lengths: Sequence[int], scale: float, token_bytes: int, window
     planned = scale if window is None else window
     shard = plan_shard_tokens(list(lengths) * math.ceil(min(planned, 1000)), chunk, token_bytes)
     layout = Layout(chunk_tokens=chunk, shard_tokens=shard, num_shards=0)
-    filled = [sum(lengths[index] for index, _ in placed) for placed in fill_shards(lengths, layout)]
-    full = filled[:-1] or filled
-    num_shards = len(filled) if scale == 1 else math.ceil(scale * sum(lengths) * len(full) / sum(full))
+    if scale == 1:
+        num_shards = sum(1 for _ in fill_shards(lengths, layout))
+    else:
+        known = sum(lengths)
+        several = list(lengths) * math.ceil(4 * shard / known)  # the last shard, not full, must not count
+        full = [sum(several[index] for index, _ in placed) for placed in fill_shards(several, layout)][:-1]
+        num_shards = math.ceil(scale * known * len(full) / sum(full))
     return dataclasses.replace(layout, num_shards=num_shards)
 
 

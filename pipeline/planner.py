@@ -205,8 +205,9 @@ def _from_preset(
     seq_len = min(config.seq_len, preset.geometry.max_position_embeddings)
     sizing = Sizing(
         stored=stored,
-        lengths=[seq_len] * max((tokens or 0) // seq_len, 1),
+        lengths=[seq_len] * max(min(tokens or 0, config.window_tokens) // seq_len, 1),
         num_tokens=tokens,
+        window_tokens=config.window_tokens,
         other_bytes_per_token=_IDS_BYTES,
         other_arrays=1,
         records=_GUESSED,

@@ -43,7 +43,9 @@ def task_of(path: Path, shard: int, shard_tokens: int, source: Source) -> Task:
     """The task that a committed shard came of."""
     rows = read_commit(locate(path), shard).samples
     ids = {row.id: ids for row in rows for ids in source.input_ids if len(ids) == row.num_tokens}
-    samples = (TaskSample(row=row, offset=row.token_start - shard * shard_tokens, input_ids=ids[row.id], beside={}) for row in rows)
+    samples = (
+        TaskSample(row=row, offset=row.token_start - shard * shard_tokens, input_ids=ids[row.id], beside={}) for row in rows
+    )
     return Task(shard=shard, samples=tuple(samples))
 
 

@@ -80,10 +80,10 @@ def bytes_of(path: Path) -> int:
     "settings",
     [
         pytest.param({}, id="mix"),
-        pytest.param({"codec": "raw", "keep_text": False}, id="raw-without-text"),
-        pytest.param({"codec": "q4z,0=q8"}, id="by-layer"),
+        pytest.param({"codec": "raw", "keep_text": False}, id="raw-without-text", marks=pytest.mark.slow),
+        pytest.param({"codec": "q4z,0=q8"}, id="by-layer", marks=pytest.mark.slow),
         pytest.param({"student": "tiny"}, id="baked"),
-        pytest.param({"max_tokens": 20_000, "seed": 3}, id="part-of-the-data"),
+        pytest.param({"max_tokens": 20_000, "seed": 3}, id="part-of-the-data", marks=pytest.mark.slow),
     ],
 )
 def test_sizes_are_within_three_percent_of_what_is_then_written(
@@ -112,6 +112,7 @@ def test_sizes_are_within_three_percent_of_what_is_then_written(
     assert estimate.hours.total > estimate.hours.steady > 0
 
 
+@pytest.mark.slow
 def test_every_codec_is_measured_as_if_it_had_been_chosen(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     estimate = plan(config_of(teacher, corpus, tmp_path / "store"))
     assert [rung.codec for rung in estimate.rungs] == ["mix", *(name for name in CODECS if name != "mix")]
@@ -122,6 +123,7 @@ def test_every_codec_is_measured_as_if_it_had_been_chosen(teacher: Path, corpus:
         assert sizes[codec].total_bytes == pytest.approx(bytes_of(tmp_path / codec), rel=0.03)
 
 
+@pytest.mark.slow
 def test_workers_of_ray_are_tried_as_they_would_run(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     estimate = plan(config_of(teacher, corpus, tmp_path / "store", workers=2, max_tokens=10_000))
     assert estimate.measured
@@ -148,6 +150,7 @@ def test_a_part_of_the_work_takes_its_part_of_the_time(teacher: Path, corpus: Pa
     assert estimate.hours.steady == pytest.approx(estimate.num_tokens / estimate.hours.tokens_per_s / 4, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_too_small_is_told_with_what_would_fit(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     config = config_of(teacher, corpus, tmp_path / "store", codec="q8")
     estimate = plan(config)
@@ -226,7 +229,8 @@ def test_the_preset_of_the_readme_is_about_thirteen_gigabytes(tmp_path: Path, mo
     few = plan(config.model_copy(update={"max_bytes": 10**9}))
     for other in few.alternatives:
         if other.arguments.startswith("--layers"):
-            assert len(parse_layers(other.arguments.split()[1], range(28))) == 2
+            assert 0 < other.total_bytes <= 10**9
+            assert len(parse_layers(other.arguments.split()[1], range(28))) in (1, 2)
 
 
 def test_with_no_end_of_the_data_only_what_a_token_takes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,12 +272,12 @@ KINDS_OF_FILES = [
 
 @pytest.mark.parametrize("write", KINDS_OF_FILES)
 def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data_size._HEAD_BYTES", 20_000)
-    rows = [text for text in dict.fromkeys(texts(300_000)) if text.strip()]
+    monkeypatch.setattr("pipeline.data_size._HEAD_BYTES", 120_000)
+    rows = [text for text in dict.fromkeys(texts(900_000)) if text.strip()]
     data = write(tmp_path, rows)
     expected = sum(len(text.encode()) for text in rows)  # one token for each byte
-    size = measure_data(config_of("t", data, "o", window_tokens=25_000), byte_tokenizer(), 200)
-    assert size.known_tokens <= 30_000
+    size = measure_data(config_of("t", data, "o", window_tokens=75_000), byte_tokenizer(), 200)
+    assert size.known_tokens <= 90_000
     assert not size.is_exact
     assert size.num_tokens == pytest.approx(expected, rel=0.05)
     assert size.relative_error is not None
@@ -336,7 +340,7 @@ def test_alternatives_are_the_finest_that_fit() -> None:
     records = Records(per_token=0.0, per_shard=0, own=0, own_files=0)
     rungs = [
         rung("q8", 6.5, 1000_000),
-        rung("raw", 12, 2000_000),
+        rung("raw", 12.0, 2000_000),
         rung("fp8", 6.4, 900_000),
         rung("mix", 3.6, 600_000),
         rung("q4z", 2.8, 500_000),
