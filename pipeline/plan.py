@@ -6,6 +6,7 @@ Pure functions of lengths and settings, so that a resumed or retried run plans e
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -129,7 +130,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, max_positions: int, 
     batches = []
     for padded, members in sorted(buckets.items()):
         rows = max(batch_tokens // padded, 1)
-        batches += [members[first : first + rows] for first in range(0, len(members), rows)]
+        # Evenly, for nine rows as eight and one keep a GPU less busy than as five and four.
+        batches += [part.tolist() for part in np.array_split(members, math.ceil(len(members) / rows))]
     return batches
 
 
