@@ -77,6 +77,8 @@ class ExtractConfig(pydantic.BaseModel):
     """Another store whose means and steps to use instead of measuring them, so that the two can be merged."""
     max_kl: float = pydantic.Field(0.01, ge=0.0)
     """Largest change of the teacher's predictions by the codec, KL in nats per token; 0.01 is far below what a seed changes."""
+    gate_tokens: int = pydantic.Field(4096, ge=2)
+    """Tokens over which that change is measured, before the first shard and after the last."""
     accept_fidelity: bool = False
     """Store even where the codec changes the teacher's predictions by more than `max_kl`."""
     max_bytes: int | None = pydantic.Field(None, ge=1)

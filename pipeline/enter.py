@@ -121,7 +121,7 @@ def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Cali
     if not calibration:
         return None
     samples = [sample for sample in run.first.samples if sample.id not in executor.bad_ids]
-    chosen = gate_sequences([len(sample.input_ids) for sample in samples])
+    chosen = gate_sequences([len(sample.input_ids) for sample in samples], run.config.gate_tokens)
     sequences = tuple(samples[index].input_ids for index in chosen)
     codec = format_codecs(signal.codecs)
     result: GateResult = executor.ask("gate", signal.job, sequences, codec, calibration)
@@ -143,7 +143,7 @@ def gate_after(run: Run, signal: Signal, executor: Executor) -> None:
     unfinished = store.manifest.is_growing or len(store.samples.summary) < store.manifest.layout.num_shards
     if known or unfinished:
         return
-    chosen = tuple(gate_sequences(store.samples.num_tokens.tolist()))
+    chosen = tuple(gate_sequences(store.samples.num_tokens.tolist(), run.config.gate_tokens))
     if signal.job.alignment is None:
         result: GateResult = executor.ask("gate_stored", signal.job, chosen)
     else:

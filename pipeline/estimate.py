@@ -16,7 +16,7 @@ from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align import default_student_layers
 
-_LOG_LINE_BYTES, _PLOT_BYTES, _GATE_BYTES = 480, 70_000, 1_200
+_LOG_LINE_BYTES, PLOT_BYTES, _GATE_BYTES = 480, 70_000, 1_200
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,7 @@ class Sizing:
 def log_bytes(shards: int, seconds: float) -> int:
     """Of the log of a run and its picture: a line for each shard, but at most about one in a sixtieth of the time so far."""
     lines = 60 * (1 + math.log(max(seconds / 60, 1))) if seconds < 1800 else 264 + seconds / 30
-    return round(_LOG_LINE_BYTES * (3 + min(shards, lines)) + (_PLOT_BYTES if min(seconds, shards) > 4 else 0))
+    return round(_LOG_LINE_BYTES * (3 + min(shards, lines)) + (PLOT_BYTES if min(seconds, shards) > 4 else 0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

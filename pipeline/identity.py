@@ -61,7 +61,7 @@ def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]
     teacher = resolved.id_or_path if resolved.preset is None else config.teacher
     data = tuple(_absolute(part) for part in config.data)
     settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
-    here = {"workers", "ray_address", "gpus_per_worker", "device", "grace_s", "on_bad_sample"}
+    here = {"workers", "ray_address", "gpus_per_worker", "device", "grace_s", "on_bad_sample", "gate_tokens"}
     return settings.model_dump(mode="json", exclude={"out", "append", "accept_fidelity", "max_bytes", "task_range", *here})
 
 

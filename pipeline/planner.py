@@ -30,7 +30,6 @@ from pipeline.data_size import DataSize, measure_data
 from pipeline.enter import Run, Say
 from pipeline.estimate import Estimate, Hours, Records, Room, Sizing, alternatives, tokens_that_fit
 from pipeline.extract import make_executor, signal_of, stored_geometry
-from pipeline.gate import GATE_TOKENS
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.presets import Geometry, TeacherPreset, teacher_preset
 from pipeline.models.probe import length_dependent_rope, probe_kv_spec
@@ -152,7 +151,7 @@ def _hours(
         share = max(1 - len(committed_shards(storage)) / read_manifest(storage).layout.num_shards, 0.0)
     steady = share * data.num_tokens / tokens_per_s
     tokenise = data.seconds_per_token * data.num_tokens
-    gate = 2 * speed.gate_s_per_token * min(GATE_TOKENS, data.num_tokens)
+    gate = 2 * speed.gate_s_per_token * min(config.gate_tokens, data.num_tokens)
     return Hours(
         start_up=start_up_s,
         tokenise=tokenise,

@@ -78,8 +78,8 @@ class Progress:
         self._bar.close()
         self._write()
         if kind is not None:
-            self._begin()
-            self._log.add("error", error=f"{kind.__name__}: {error}")
+            if self._has_begun:
+                self._log.add("error", error=f"{kind.__name__}: {error}")
             return
         whole = self._meter.read_whole()
         if whole.shards:

@@ -85,7 +85,14 @@ def broken_teacher(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def config_of(teacher: Path, corpus: Path, out: Path, **settings: Any) -> ExtractConfig:
     return ExtractConfig(
-        teacher=str(teacher), data=(str(corpus),), out=str(out), seq_len=256, accept_fidelity=True, max_kl=100.0, **settings
+        teacher=str(teacher),
+        data=(str(corpus),),
+        out=str(out),
+        seq_len=256,
+        accept_fidelity=True,
+        gate_tokens=256,
+        max_kl=100.0,
+        **settings,
     )
 
 

@@ -59,7 +59,7 @@ def run(teacher: Path, corpus: Path, out: Path, **settings: Any) -> ExtractSumma
         teacher=str(teacher),
         data=(str(corpus),),
         out=out,
-        **{"seq_len": 200, "batch_tokens": BATCH_TOKENS, "accept_fidelity": True, **settings},
+        **{"seq_len": 200, "batch_tokens": BATCH_TOKENS, "accept_fidelity": True, "gate_tokens": 256, **settings},
     )
     return extract(config, resolve_model(config.teacher), say=lambda _: None)
 
@@ -68,7 +68,7 @@ def start(teacher: Path, corpus: Path, out: Path, *more: str) -> Process:
     """The same in a process of its own."""
     return processes.start(
         *("extract", "--teacher", teacher, "--data", corpus, "--out", out),
-        *("--seq-len", "200", "--batch-tokens", str(BATCH_TOKENS), "--accept-fidelity", *more),
+        *("--seq-len", "200", "--batch-tokens", str(BATCH_TOKENS), "--accept-fidelity", "--set", "gate_tokens=256", *more),
     )
 
 

@@ -62,7 +62,14 @@ extract(config, resolve_model(config.teacher), say=lambda _: None)
 
 
 def settings_of(teacher: Path, data: Sequence[Path], out: Path, **more: Any) -> dict[str, Any]:
-    common = {"seq_len": 64, "batch_tokens": 512, "accept_fidelity": True, "teacher": str(teacher), "out": str(out)}
+    common = {
+        "seq_len": 64,
+        "batch_tokens": 512,
+        "accept_fidelity": True,
+        "gate_tokens": 256,
+        "teacher": str(teacher),
+        "out": str(out),
+    }
     return {**common, "data": [str(path) for path in data], **more}
 
 

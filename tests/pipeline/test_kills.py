@@ -26,7 +26,7 @@ STDLIB = Path(json.__file__).parent
 
 def _arguments(teacher: Path, corpus: Path, out: Path) -> list[str | Path]:
     data: list[str | Path] = ["extract", "--teacher", teacher, "--data", corpus]
-    return [*data, "--out", out, "--seq-len", "256", "--workers", "2", "--accept-fidelity"]
+    return [*data, "--out", out, "--seq-len", "256", "--workers", "2", "--accept-fidelity", "--set", "gate_tokens=256"]
 
 
 def _wait_for_a_random_moment(process: Process, commits: Path, draw: random.Random, most: int) -> None:
@@ -75,7 +75,12 @@ def _survive(kills: int, seed: int, tmp_path: Path) -> None:
     text = "".join(file.read_text() for file in sorted(STDLIB.glob("*.py")))
     corpus.write_text("".join(json.dumps({"text": text[first : first + 1000]}) + "\n" for first in range(0, 40_000, 1000)))
     config = ExtractConfig(
-        teacher=str(teacher), data=(str(corpus),), out=str(tmp_path / "whole"), seq_len=256, accept_fidelity=True
+        teacher=str(teacher),
+        data=(str(corpus),),
+        out=str(tmp_path / "whole"),
+        seq_len=256,
+        accept_fidelity=True,
+        gate_tokens=256,
     )
     extract(config, resolve_model(config.teacher), say=lambda _: None)
     expected = by_id(open_store(tmp_path / "whole"))

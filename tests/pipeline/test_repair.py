@@ -37,7 +37,12 @@ def made(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"text": text[first : first + 90]}) for first in range(0, 7_200, 90)]
     (root / "corpus.jsonl").write_text("\n".join(rows))
     config = ExtractConfig(
-        teacher=str(teacher), data=(str(root / "corpus.jsonl"),), out=str(root / "store"), seq_len=128, accept_fidelity=True
+        teacher=str(teacher),
+        data=(str(root / "corpus.jsonl"),),
+        out=str(root / "store"),
+        seq_len=128,
+        accept_fidelity=True,
+        gate_tokens=256,
     )
     extract(config, resolve_model(config.teacher), say=lambda _: None)
     return root / "store"

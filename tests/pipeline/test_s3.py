@@ -32,7 +32,7 @@ from tests.processes import Process, kvpipe, start
 from tests.s3 import Proxy, environment, get_raw, keys_of, put_raw, raw_client
 
 STDLIB = Path(json.__file__).parent
-SETTINGS = ("--seq-len", "128", "--batch-tokens", "512", "--accept-fidelity")
+SETTINGS = ("--seq-len", "128", "--batch-tokens", "512", "--accept-fidelity", "--set", "gate_tokens=256")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +84,7 @@ def run(teacher: Path, corpus: Path, out: str, **settings: Any) -> ExtractSummar
         teacher=str(teacher),
         data=(str(corpus),),
         out=out,
-        **{"seq_len": 128, "batch_tokens": 512, "accept_fidelity": True, **settings},
+        **{"seq_len": 128, "batch_tokens": 512, "accept_fidelity": True, "gate_tokens": 256, **settings},
     )
     return extract(config, resolve_model(config.teacher), say=lambda _: None)
 
@@ -129,7 +129,7 @@ def test_the_command_line_stores_into_a_bucket_what_it_stores_into_a_folder(
     assert not noise
     assert by_id(open_store(out)) == expected
     stored = {key.removeprefix("runs/one/").partition("/")[0] for key in keys_of("finished")}
-    assert stored == {"manifest.json", "kv.zarr", "commits", "samples", "tokenizer", "gate.json"}  # FORMAT.md 1.1
+    assert stored == {"manifest.json", "kv.zarr", "commits", "samples", "tokenizer", "gate.json", "progress"}  # FORMAT.md 1.1
     assert not Path("s3:").exists()
 
 

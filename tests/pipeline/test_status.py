@@ -209,8 +209,13 @@ def test_claims_of_the_dead_are_stale_and_writers_elsewhere_are_not(filling: Fil
 
 
 def test_what_ended_the_newest_run_is_shown_until_another_begins(filling: Filling) -> None:
-    with pytest.raises(OSError, match="disk full"), progress_of(filling):
-        raise OSError("disk full")
+    def run() -> None:
+        with progress_of(filling) as progress:
+            progress.note("replaced", worker=0)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run()
     assert status_of(filling).last_error == "OSError: disk full"
     assert "disk full" in invoke(filling.root).output
     with progress_of(filling) as progress:

@@ -37,7 +37,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[
     texts = ("".join(draw.choice("abcdefgh ijkl") for _ in range(draw.randint(100, 400))) for _ in range(300))
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = ExtractConfig(
-        teacher=str(teacher), data=(str(corpus),), out=str(folder / "whole"), seq_len=256, accept_fidelity=True
+        teacher=str(teacher), data=(str(corpus),), out=str(folder / "whole"), seq_len=256, accept_fidelity=True, gate_tokens=256
     )
     extract(config, resolve_model(config.teacher), say=lambda _: None)
     return teacher, corpus, by_id(open_store(folder / "whole"))
@@ -46,7 +46,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[
 def start(teacher: Path, corpus: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     arguments = ["extract", "--teacher", str(teacher), "--data", str(corpus), "--out", str(out), "--seq-len", "256"]
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments, "--accept-fidelity", *more],
+        [sys.executable, "-m", "pipeline.cli", *arguments, "--accept-fidelity", "--set", "gate_tokens=256", *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
