@@ -22,12 +22,15 @@ from kvstore.manifest import Group, Manifest
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage
 from pipeline.plan import Task
+from pipeline.windows import Window
 
 _CHUNK_EXTRA = 128
 """Most that a compressor and a checksum add to a chunk, beside a 256th of it (zstd's ZSTD_compressBound)."""
 _RECORD_BYTES = 1024
-"""Of an object in a commit with its copy of the array's metadata in staging, of a layer's fidelity, of a line of the log, of a window's
-entry in the manifest: at most."""
+"""Of an object in a commit with its copy of the array's metadata in staging, of a layer's fidelity, of a line of the log, of a window in
+the manifest: at most."""
+_REPEAT_BYTES = 96
+"""Of a sample that an earlier window had, and of how often this one has it."""
 END_BYTES = 160 * 2**10
 """What is written once at the end: headers of the sample tables, the gate's record, the plot of the run."""
 _START_BYTES = 64 * 2**10
@@ -35,7 +38,7 @@ _START_BYTES = 64 * 2**10
 
 
 class ByteBudget:
-    """Admits tasks to a store as long as all admitted fit; used by one thread.
+    """Admits windows and tasks to a store as long as all admitted fit; used by one thread, and the only one that adds to the store.
 
     Args:
         max_bytes: the limit; None admits everything.
@@ -52,11 +55,11 @@ class ByteBudget:
         if self._max_bytes is not None:
             self.used_bytes = store_bytes(self._storage)
 
-    def admits(self, task: Task) -> bool:
-        """Whether the task may begin; if so, room is kept for it."""
+    def admits(self, item: Task | Window) -> bool:
+        """Whether the task may begin, or the window be entered; if so, room is kept for it."""
         if self._max_bytes is None:
             return True
-        worst = task_bytes(self._manifest, task)
+        worst = task_bytes(self._manifest, item) if isinstance(item, Task) else window_bytes(item)
         if self.used_bytes + worst + END_BYTES > self._max_bytes:
             return False
         self.used_bytes += worst
@@ -66,6 +69,11 @@ class ByteBudget:
 def store_bytes(storage: Storage) -> int:
     """Bytes of everything below a store's location."""
     return sum(entry.size_bytes for entry in storage.entries(""))
+
+
+def window_bytes(window: Window) -> int:
+    """Most bytes that entering a window may add to the store, were all of its samples repeats."""
+    return 4 * _RECORD_BYTES + _REPEAT_BYTES * len(window.samples)
 
 
 def task_bytes(manifest: Manifest, task: Task) -> int:

@@ -82,7 +82,7 @@ class ExtractConfig(pydantic.BaseModel):
     accept_fidelity: bool = False
     """Store even where the codec changes the teacher's predictions by more than `max_kl`."""
     max_bytes: int | None = pydantic.Field(None, ge=1)
-    """No further shard is begun when the store could grow beyond this."""
+    """Most bytes of the whole store: nothing is begun that could pass it, even uncompressed. Only one process may be adding to it."""
     revision: str | None = None
     """Branch, tag or commit of the teacher on the hub."""
     seed: int | None = None
@@ -94,6 +94,15 @@ class ExtractConfig(pydantic.BaseModel):
     def _overlap_is_shorter_than_a_sample(self) -> ExtractConfig:
         if self.overlap >= self.seq_len:
             raise ValueError(f"overlap: got {self.overlap}, expected less than seq_len {self.seq_len}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _a_byte_limit_is_for_one_process(self) -> ExtractConfig:
+        if self.max_bytes is not None and self.task_range is not None:
+            raise ValueError(
+                "max_bytes: got it with task_range, whose processes add to one store without knowing of each other's bytes; limit such "
+                "a run with max_tokens ('kvpipe plan' says how many fit), or use --workers or --ray-address, which one process watches"
+            )
         return self
 
 

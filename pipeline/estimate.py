@@ -15,8 +15,9 @@ from kvstore.layout import Layout, fill_shards, plan_chunk_tokens, plan_shard_to
 from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align import default_student_layers
+from pipeline.progress_plot import LEAST_S
 
-_LOG_LINE_BYTES, PLOT_BYTES, _GATE_BYTES = 480, 70_000, 1_200
+_LOG_LINE_BYTES, _LOGGED_SHARD_BYTES, _PLOT_BYTES, _GATE_BYTES = 460, 24, 70_000, 1_200
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,6 @@ class Hours:
     steady: float
     """Computing and writing, calibration included."""
     total: float
-    tokens_per_s: float
-    """While computing and writing, all workers together."""
     measured_tokens: int
     measured_s: float
 
@@ -97,7 +96,10 @@ class Estimate:
     files: int | None
     rungs: tuple[Rung, ...]
     """The codec asked for first."""
+    tokens_per_s: float | None
+    """As tried, all workers together; None where nothing was."""
     hours: Hours | None
+    """None where nothing was tried, or the number of tokens is not known."""
     student_tokens_per_s: int
     """Assumed speed of the student that reads the store."""
     read_bytes_per_s: float
@@ -157,7 +159,7 @@ class Sizing:
     other_arrays: int = 1
     records: Records = Records(per_token=0.0, per_shard=0, own=0, own_files=0)
     seconds: float = 0.0
-    """That the run will take, for the size of its log."""
+    """From its first task on, for the size of its log."""
 
     def layout(self, codecs: Mapping[int, Codec]) -> Layout:
         token_bytes = max(group.token_bytes for group in plan_groups(self.stored, codecs))
@@ -193,9 +195,11 @@ class Sizing:
 
 
 def log_bytes(shards: int, seconds: float) -> int:
-    """Of the log of a run and its picture: a line for each shard, but at most about one in a sixtieth of the time so far."""
-    lines = 60 * (1 + math.log(max(seconds / 60, 1))) if seconds < 1800 else 264 + seconds / 30
-    return round(_LOG_LINE_BYTES * (3 + min(shards, lines)) + (PLOT_BYTES if min(seconds, shards) > 4 else 0))
+    """Of the log of a run and its picture: a line for each shard, but at most one a second, and later one in a sixtieth of the time so
+    far, up to half a minute."""
+    lines = min(seconds, 60) + 60 * math.log(min(max(seconds / 60, 1), 30)) + max(seconds - 1800, 0) / 30
+    picture = _PLOT_BYTES if seconds >= LEAST_S else 0
+    return round(_LOG_LINE_BYTES * (3 + min(shards, lines)) + _LOGGED_SHARD_BYTES * shards + picture)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

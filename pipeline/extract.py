@@ -30,14 +30,14 @@ from pipeline.config import ExtractConfig
 from pipeline.documents import Document, read_documents, shuffled, subsampled
 from pipeline.enter import Run, Say, Signal, enter, gate_after
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
-from pipeline.flow import PURPOSE, TaskFlow, share_of
+from pipeline.flow import PURPOSE, TaskFlow, share_size
 from pipeline.identity import signal_record
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, RunParts
-from pipeline.plan import Task, estimate_bytes, refuse_tokens
+from pipeline.plan import estimate_bytes, refuse_tokens
 from pipeline.preflight import existing_folder, refuse_device, refuse_out
 from pipeline.progress import Progress
 from pipeline.samples import Cutter
@@ -250,9 +250,11 @@ def _run_tasks(
     budget = ByteBudget(run.storage, read_manifest(run.storage), run.config.max_bytes)
     results: list[TaskResult] = []
     started = time.perf_counter()
-    total = sum(task.num_tokens for task in _own(run, first)) if run.first.last else _tokens_expected(run.config)
+    total = sum(task.num_tokens for task in first.tasks) if run.first.last else _tokens_expected(run.config)
+    if total is not None:
+        total = round(total * share_size(run.config))
     with Progress(
-        run.storage, run.say, workers=max(run.config.workers, 1), device=signal.info.device, total_tokens=total
+        run.storage, run.say, workers=executor.num_workers, device=signal.info.device, total_tokens=total
     ) as progress:
         flow = TaskFlow(run, windows, parts, first, num_embeddings=signal.info.num_embeddings, stored=progress.found)
         with contextlib.closing(flow):
@@ -262,15 +264,17 @@ def _run_tasks(
                 for result in executor.run(signal.job, progress.begun(flow.wave(budget.admits))):
                     results.append(result)
                     flow.done(result.shard)
+                    progress.expect(flow.total_tokens or total)
                     progress.add(result)
                     for bad in result.quarantined:
                         run.say(f"left out: {bad}")
+                        progress.note("quarantined", sample=bad.id, source=bad.source, reason=bad.reason)
                 budget.recount()
                 more = flow.is_stopped and len(results) > before and not stop.requested
     if flow.is_stopped and not stop.requested:
         run.say(
-            f"stopped before --max-bytes {run.config.max_bytes:,}: {budget.used_bytes:,} bytes are in the store, and the next shard could "
-            "pass the limit; what is committed can be used, and the same command with a larger limit goes on"
+            f"stopped before --max-bytes {run.config.max_bytes:,}: {budget.used_bytes:,} bytes are in the store, and the next shard or window "
+            "could pass the limit; what is committed can be used, and the same command with a larger limit goes on"
         )
     with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
         compact(run.storage)
@@ -285,10 +289,6 @@ def _how_far(storage: Storage) -> str:
     store = Store(storage)
     more = " so far" if store.manifest.is_growing else ""
     return f"{len(store.samples.summary)} of {store.manifest.layout.num_shards} shards planned{more} are committed to {storage.location}"
-
-
-def _own(run: Run, part: Part) -> list[Task]:
-    return [part.tasks[index] for index in share_of(run.config, len(part.tasks), 0)]
 
 
 def _summary(storage: Storage, results: list[TaskResult], run_s: float, seconds: float) -> ExtractSummary:

@@ -74,24 +74,31 @@ class TaskFlow:
         self._open: dict[int, _Open] = {}
         self._fresh: list[int] = []
         self._closed = 0
-        self._tasks = self._all_tasks(first)
-        self._held: Task | None = None
+        self._items = self._all_items(first)
+        self._held: Task | Window | None = None
         self.range = range(first.first_shard, first.first_shard)
         """Shards of this run's share in the newest window."""
+        self._planned_tokens, self._is_planned = 0, False
 
-    def wave(self, admits: Callable[[Task], bool]) -> Iterator[Task]:
-        """The next tasks, up to the first that is not admitted."""
-        while (task := self._held or next(self._tasks, None)) is not None:
-            self._held = task
-            if not admits(task):
+    def wave(self, admits: Callable[[Task | Window], bool]) -> Iterator[Task]:
+        """The next tasks, up to the first that is not admitted, or to the first whose window is not."""
+        while (item := self._held or next(self._items, None)) is not None:
+            self._held = item
+            if not admits(item):
                 return
             self._held = None
-            yield task
+            if isinstance(item, Task):
+                yield item
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a task is left that was not admitted."""
+        """Whether something is left that was not admitted."""
         return self._held is not None
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Tokens of all tasks of this run, those committed before included; None until its last window is planned."""
+        return self._planned_tokens if self._is_planned else None
 
     def done(self, shard: int) -> None:
         """A task has been committed: the window it closes is put into a table now and then, and its lease ends."""
@@ -103,23 +110,27 @@ class TaskFlow:
 
     def close(self) -> None:
         """Give up every lease; to be called at the end, whatever happened."""
-        self._tasks.close()
+        self._items.close()
         for window in self._open.values():
             window.lease.close()
         self._open.clear()
 
-    def _all_tasks(self, first: Part) -> Generator[Task, None, None]:
-        yield from self._enter(first, 0)
+    def _all_items(self, first: Part) -> Generator[Task | Window, None, None]:
+        """Every later window before it is entered, and its tasks after that."""
+        yield from self._enter(first, 0, last=self._run.first.last)
         if self._run.first.last:
             return
         for number, item in enumerate(_ahead(self._later_windows()), start=1):
             if isinstance(item, _Skipped):
                 self._parts.know(item.ids)
-                self._stored(item.num_tokens)
+                share = round(item.num_tokens * share_size(self._run.config))
+                self._planned_tokens += share
+                self._stored(share)
                 continue
+            yield item
             with lease(self._run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=self._run.say):
                 part = self._parts.enter(item)
-            yield from self._enter(part, number)
+            yield from self._enter(part, number, last=item.last)
 
     def _later_windows(self) -> Iterator[Window | _Skipped]:
         store = Store(self._run.storage)
@@ -137,11 +148,13 @@ class TaskFlow:
             if window.last:
                 return
 
-    def _enter(self, part: Part, window: int) -> Iterator[Task]:
+    def _enter(self, part: Part, window: int, *, last: bool) -> Iterator[Task]:
         """The tasks of this run's share of a window, under a lease."""
         chosen = share_of(self._run.config, len(part.tasks), window)
         tasks = [part.tasks[index] for index in chosen]
         self.range = range(part.first_shard + chosen.start, part.first_shard + chosen.stop)
+        self._planned_tokens += sum(task.num_tokens for task in tasks)
+        self._is_planned = last
         committed = set() if part.is_new else committed_shards(self._run.storage) & {task.shard for task in tasks}
         held = contextlib.ExitStack()
         held.enter_context(lease(self._run.storage, self.range.start, self.range.stop, PURPOSE))
@@ -174,6 +187,11 @@ def share_of(config: ExtractConfig, num_tasks: int, window: int) -> range:
     number, total = (int(part) for part in config.task_range.split("/"))
     task_range(config.task_range, num_tasks)
     return task_range(f"{(number - 1 + window) % total + 1}/{total}", num_tasks)
+
+
+def share_size(config: ExtractConfig) -> float:
+    """Of all tasks, about what falls to this run."""
+    return 1.0 if config.task_range is None else 1 / int(config.task_range.split("/")[1])
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -72,9 +72,13 @@ def _rung_table(estimate: Estimate) -> Table:
 
 def _needs_lines(estimate: Estimate) -> dict[str, str]:
     lines = {}
-    if hours := estimate.hours:
+    if estimate.tokens_per_s is not None and estimate.hours is None:
         lines["time"] = (
-            f"{duration(hours.total)}: {duration(hours.steady)} at {short(hours.tokens_per_s)} tokens/s, start-up {hours.start_up:.0f} s, "
+            f"{short(estimate.tokens_per_s)} tokens/s, {duration(1e6 / estimate.tokens_per_s)} for every million of tokens"
+        )
+    if (hours := estimate.hours) and estimate.tokens_per_s is not None:
+        lines["time"] = (
+            f"{duration(hours.total)}: {duration(hours.steady)} at {short(estimate.tokens_per_s)} tokens/s, start-up {hours.start_up:.0f} s, "
             f"tokenising {hours.tokenise:.0f} s, gate {hours.gate:.0f} s (tried on {hours.measured_tokens:,} tokens)"
         )
     lines["training"] = (

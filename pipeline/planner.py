@@ -15,6 +15,7 @@ from typing import Any
 
 import transformers
 
+from kvstore.calibration import CALIBRATION_TOKENS
 from kvstore.codec import CODECS, Codec, format_codecs, parse_codecs
 from kvstore.commits import committed_shards, create_commit
 from kvstore.layout import Layout, fill_shards
@@ -34,6 +35,7 @@ from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.presets import Geometry, TeacherPreset, teacher_preset
 from pipeline.models.probe import length_dependent_rope, probe_kv_spec
 from pipeline.models.resolve import ModelLoadError, ResolvedModel, resolve_model
+from pipeline.parts import token_arrays
 from pipeline.plan import estimate_bytes, plan_tasks, task_range
 from pipeline.preflight import existing_folder, refuse_device
 from pipeline.samples import Sample
@@ -111,13 +113,15 @@ def _from_trial(
     finally:
         executor.close()
     padded = sum(map(batching.padded_tokens, shards))
-    hours = None if data.num_tokens is None else _hours(config, storage, data, start_up_s, padded, layout, speed)
+    tokens_per_s = speed.padded_per_s * data.known_tokens / padded
+    hours = None if data.num_tokens is None else _hours(config, storage, data, start_up_s, tokens_per_s, layout, speed)
+    calibrated = 0 if config.calibration or not speed.gate_s_per_token else CALIBRATION_TOKENS
     sizing = dataclasses.replace(
         sizing,
         other_bytes_per_token=sizes.other_bytes_per_token,
         other_arrays=sizes.other_arrays,
         records=_records(data.window.samples, layout, sizes),
-        seconds=hours.steady if hours else 0.0,
+        seconds=max(hours.steady - calibrated / tokens_per_s, 0.0) if hours else 0.0,
     )
     return _estimate(
         config,
@@ -126,6 +130,7 @@ def _from_trial(
         {name: (rung.codecs, rung.bytes_per_token) for name, rung in sizes.rungs.items()},
         alignment=signal.alignment,
         teacher=signal.info.spec,
+        tokens_per_s=tokens_per_s,
         hours=hours,
         data=data,
         note=None,
@@ -134,22 +139,17 @@ def _from_trial(
 
 
 def _hours(
-    config: ExtractConfig, storage: Storage, data: DataSize, start_up_s: float, padded: int, layout: Layout, speed: Speed
+    config: ExtractConfig,
+    storage: Storage,
+    data: DataSize,
+    start_up_s: float,
+    tokens_per_s: float,
+    layout: Layout,
+    speed: Speed,
 ) -> Hours:
-    """Seconds of every part of the run.
-
-    Args:
-        padded: tokens that the teacher computes for the samples that are known, padding included.
-    """
+    """Seconds of every part of the run."""
     assert data.num_tokens is not None
-    tokens_per_s = speed.padded_per_s * data.known_tokens / padded
-    share = 1.0
-    if config.task_range is not None:
-        chosen = task_range(config.task_range, layout.num_shards)
-        share = len(chosen) / layout.num_shards
-    elif storage.size(MANIFEST) is not None:
-        share = max(1 - len(committed_shards(storage)) / read_manifest(storage).layout.num_shards, 0.0)
-    steady = share * data.num_tokens / tokens_per_s
+    steady = _share_left(config, storage, layout) * data.num_tokens / tokens_per_s
     tokenise = data.seconds_per_token * data.num_tokens
     gate = 2 * speed.gate_s_per_token * min(config.gate_tokens, data.num_tokens)
     return Hours(
@@ -158,10 +158,24 @@ def _hours(
         gate=gate,
         steady=steady,
         total=start_up_s + tokenise + gate + steady,
-        tokens_per_s=tokens_per_s,
         measured_tokens=speed.tokens,
         measured_s=speed.seconds,
     )
+
+
+def _share_left(config: ExtractConfig, storage: Storage, layout: Layout) -> float:
+    """The share of the work that is this run's and not done yet.
+
+    Args:
+        layout: of all of the data.
+    """
+    if config.task_range is not None:
+        return len(task_range(config.task_range, layout.num_shards)) / layout.num_shards
+    if config.append or storage.size(MANIFEST) is None:
+        return 1.0
+    manifest = read_manifest(storage)
+    planned = layout.num_shards if manifest.is_growing else manifest.layout.num_shards
+    return max(1 - len(committed_shards(storage)) / planned, 0.0)
 
 
 def _records(samples: Sequence[Sample], layout: Layout, sizes: Sizes) -> Records:
@@ -223,6 +237,7 @@ def _from_preset(
         rungs,
         alignment=alignment,
         teacher=teacher,
+        tokens_per_s=None,
         hours=None,
         data=DataSize(
             window=_UNREAD,
@@ -268,6 +283,7 @@ def _estimate(
     *,
     alignment: Alignment | None,
     teacher: KVSpec,
+    tokens_per_s: float | None,
     hours: Hours | None,
     data: DataSize,
     note: str | None,
@@ -285,9 +301,8 @@ def _estimate(
     chosen, codecs = rungs[0], next(iter(sizes.values()))[0]
     groups, layout = plan_groups(stored, codecs), sizing.layout(codecs)
     shard_bytes = layout.shard_tokens * (chosen.bytes_per_token + records.per_token) + records.per_shard
-    most = most_bytes(
-        groups, layout, layout.shard_tokens // layout.chunk_tokens, round(layout.shard_tokens * records.per_token)
-    )
+    rows_bytes = round(layout.shard_tokens * records.per_token)
+    most = most_bytes(groups, layout, layout.shard_tokens // layout.chunk_tokens, rows_bytes, token_arrays(data.window))
     room = Room(
         free_bytes=shutil.disk_usage(existing_folder(storage.root)).free if isinstance(storage, Folder) else None,
         stored_bytes=store_bytes(storage),
@@ -304,7 +319,7 @@ def _estimate(
         teacher=config.teacher,
         out=storage.location,
         codec=chosen.codec,
-        measured=hours is not None or note is None,
+        measured=tokens_per_s is not None,
         note=note,
         geometry=_geometry(stored, teacher, alignment),
         num_tokens=tokens,
@@ -315,6 +330,7 @@ def _estimate(
         shard_tokens=layout.shard_tokens,
         files=files,
         rungs=tuple(rungs),
+        tokens_per_s=tokens_per_s,
         hours=hours,
         student_tokens_per_s=student_tokens_per_s,
         read_bytes_per_s=student_tokens_per_s * chosen.bytes_per_token,

@@ -16,7 +16,7 @@ import tqdm
 from kvstore.storage import Storage
 from pipeline.meter import Meter
 from pipeline.plan import Task
-from pipeline.progress_plot import plot_readings
+from pipeline.progress_plot import LEAST_S, plot_readings
 from pipeline.reading import Reading, duration, sentence, short
 from pipeline.run_log import RunLog
 from pipeline.worker import TaskResult
@@ -27,8 +27,6 @@ _LINE_S = 30.0
 """Between two lines where stderr is no terminal."""
 _FIRST_LOG_S, _LAST_LOG_S, _LOG_SHARE = 1.0, 30.0, 60
 """Lines are logged every second at first, at last every half minute: always about a sixtieth of the run so far."""
-_PLOT_READINGS = 4
-"""A picture of fewer shows nothing."""
 _BAR = "{desc}: {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} tok {postfix}"
 _NO_END = "{desc}: {n_fmt} tok {postfix}"
 
@@ -86,10 +84,10 @@ class Progress:
             self._log.add("end", **whole.to_json())
             self._say(self._summary(whole))
 
-    def expect(self, total_tokens: int) -> None:
-        """Say how many tokens all tasks have, once that is known."""
+    def expect(self, total_tokens: int | None) -> None:
+        """Say how many tokens all tasks have, as far as it is known by now."""
         self._meter.total_tokens = self._bar.total = total_tokens
-        self._bar.bar_format = _BAR
+        self._bar.bar_format = _NO_END if total_tokens is None else _BAR
 
     def found(self, num_tokens: int) -> None:
         """So many tokens of the run were committed before."""
@@ -150,6 +148,6 @@ class Progress:
             f"extract: {whole.shards} shards, {whole.tokens:,} tokens, {whole.stored_bytes / 1e6:,.1f} MB in {duration(whole.seconds)}: "
             f"{sentence(whole, self._device)}"
         )
-        if len(self.readings) >= _PLOT_READINGS and self._log.add_file("plot.png", plot_readings(self.readings, self._device)):
+        if whole.seconds >= LEAST_S and self._log.add_file("plot.png", plot_readings(self.readings, self._device)):
             text += f"; plot: {self._location}/{self._log.folder}/plot.png"
         return text

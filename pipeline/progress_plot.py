@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from pipeline.reading import STAGES, Reading, stage_name
 
+LEAST_S = 10.0
+"""A picture of a shorter run shows nothing."""
+
 
 def plot_readings(readings: Sequence[Reading], device: str) -> bytes:
     """Draw the readings of one run in order of time; a PNG.
@@ -39,7 +42,7 @@ def plot_readings(readings: Sequence[Reading], device: str) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     speed.set_ylim(bottom=0)
     file = io.BytesIO()
-    figure.savefig(file, dpi=120, format="png")
+    figure.savefig(file, dpi=90, format="png")
     return file.getvalue()
 
 

@@ -50,6 +50,8 @@ class Status:
     """`starting`: somebody is at work, but there is no store yet. `stopped`: not complete, and nobody is at work."""
     shards: int
     planned_shards: int | None
+    is_growing: bool
+    """Whether more shards are still to be planned: the data is read as it is stored."""
     tokens: int
     left_tokens: int | None
     stored_bytes: int
@@ -107,6 +109,7 @@ class StatusReader:
             state=_state(manifest, len(commits), living),
             shards=len(commits),
             planned_shards=planned,
+            is_growing=manifest is not None and manifest.is_growing,
             tokens=sum(tokens for tokens, _ in sizes.values()),
             left_tokens=left,
             stored_bytes=sum(stored for _, stored in sizes.values()),
@@ -158,7 +161,7 @@ _OWN_EVENTS = {"start", "progress", "error", "end"}
 def _state(manifest: Manifest | None, committed: int, living: Sequence[Holder]) -> State:
     if manifest is None:
         return "starting"
-    if committed >= manifest.layout.num_shards:
+    if committed >= manifest.layout.num_shards and not manifest.is_growing:
         return "complete"
     return "running" if living else "stopped"
 
@@ -199,14 +202,12 @@ def _rate(
 def _left(
     manifest: Manifest | None, at_work: Sequence[Log], sizes: Mapping[int, tuple[int, int]], planned: int | None
 ) -> int | None:
-    """Tokens still to come: what the runs at work say, else by the mean of the shards there are."""
+    """Tokens still to come: what the runs at work say, else by the mean of the shards there are, once all are planned."""
     readings = [reading for log in at_work if (reading := _last_reading(log)) is not None]
     known = [reading.left_tokens for reading in readings if reading.left_tokens is not None]
     if known and len(known) == len(readings):
         return sum(known)
-    if manifest is None or planned is None:
-        return None
-    if not sizes:
+    if manifest is None or planned is None or manifest.is_growing or not sizes:
         return None
     return round((planned - len(sizes)) * sum(tokens for tokens, _ in sizes.values()) / len(sizes))
 

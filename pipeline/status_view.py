@@ -50,8 +50,8 @@ _STATES = {
 
 def _status_lines(status: Status) -> Iterator[tuple[str, str]]:
     if status.planned_shards:
-        share = status.shards / status.planned_shards
-        yield "shards", f"{status.shards:,} of {status.planned_shards:,} ({share:.0%})"
+        of_all = " planned so far" if status.is_growing else f" ({status.shards / status.planned_shards:.0%})"
+        yield "shards", f"{status.shards:,} of {status.planned_shards:,}{of_all}"
     yield "tokens", f"{status.tokens:,}" + ("" if status.left_tokens is None else f", about {status.left_tokens:,} to come")
     yield "size", size(status.stored_bytes)
     if status.state == "running":

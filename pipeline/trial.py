@@ -123,6 +123,7 @@ class Trial:
     """Runs the trial in stores at `place`.
 
     Args:
+        executor: one that has described its teacher.
         shards: the samples of the run's own tasks.
         layout: of the store that is planned.
     """
@@ -138,7 +139,7 @@ class Trial:
         place: str,
     ) -> None:
         self._run, self._signal, self._executor, self._batching = run, signal, executor, batching
-        self._shards, self._place, self._workers = shards, place, max(run.config.workers, 1)
+        self._shards, self._place, self._workers = shards, place, executor.num_workers
         self._layout = dataclasses.replace(layout, num_shards=_ROOM)
         # Workers keep by its shard what they computed for calibration: no number may come twice.
         self._numbers = itertools.count()

@@ -58,6 +58,10 @@ class Executor(Protocol):
         """Have one worker answer: the result of its method of that name."""
 
     @property
+    def num_workers(self) -> int:
+        """Known once the teacher is described."""
+
+    @property
     def bad_ids(self) -> Collection[str]:
         """Samples found that cannot be computed; `run` leaves them out."""
 

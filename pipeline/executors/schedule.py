@@ -79,6 +79,7 @@ class ScheduledExecutor:
         self.num_computed = 0
         """Samples."""
         self.slots = CPU_SLOTS
+        self.num_workers = 0
 
     @property
     def bad_ids(self) -> Collection[str]:
@@ -88,7 +89,7 @@ class ScheduledExecutor:
         infos = self.crew.start()
         if any(info.spec != infos[0].spec for info in infos):
             raise ExecutorError("workers disagree on the teacher's geometry; install the same versions on every node")
-        self.slots = slots_of(infos[0])
+        self.slots, self.num_workers = slots_of(infos[0]), len(infos)
         return infos[0]
 
     def calibrate(self, job: Job, tasks: Sequence[Task]) -> Iterator[tuple[int, Moments]]:
