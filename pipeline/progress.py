@@ -34,7 +34,7 @@ _NO_END = "{desc}: {n_fmt} tok {postfix}"
 class Progress:
     """Takes the results of the tasks of one run; a context manager around them, used by one thread.
 
-    What ends the run early is logged with its message. A log that cannot be written ends nothing.
+    What ends the run early is logged with its message, once a task has begun. A log that cannot be written ends nothing.
 
     Args:
         say: told plain lines.
@@ -76,7 +76,7 @@ class Progress:
         self._bar.close()
         self._write()
         if kind is not None:
-            if self._has_begun:
+            if self._has_begun:  # else its message may say that nothing was written
                 self._log.add("error", error=f"{kind.__name__}: {error}")
             return
         whole = self._meter.read_whole()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 
 from kvstore.commits import read_commit
-from kvstore.samples import compact
+from kvstore.manifest import write_manifest
+from kvstore.samples import compact, write_repeats
 from kvstore.storage import locate
-from pipeline.budget import END_BYTES, ByteBudget, refuse_small_budget, store_bytes, task_bytes
-from pipeline.plan import Task, TaskSample
+from pipeline.budget import END_BYTES, ByteBudget, refuse_small_budget, store_bytes, task_bytes, window_bytes
+from pipeline.config import ExtractConfig
+from pipeline.plan import Task, TaskSample, data_record
+from pipeline.samples import Sample
+from pipeline.windows import Consumed, Window
 from tests.checkpoints import byte_tokenizer
 from tests.stores import Source, begin_store, small_spec, write_shard
 
@@ -85,6 +90,32 @@ def test_tasks_are_admitted_while_all_of_them_fit(tmp_path: Path) -> None:
     budget.recount()
     assert [budget.admits(task) for _ in range(2)] == [True, False]
     assert all(ByteBudget(storage, manifest, None).admits(task) for _ in range(100))
+
+
+def test_windows_are_admitted_for_the_most_that_entering_them_takes(tmp_path: Path) -> None:
+    manifest, _, _ = begin_store(tmp_path, incompressible(2, 8))
+    storage, count = locate(tmp_path), 300
+    samples = [
+        Sample(id=f"{number:064x}", source="", input_ids=np.array([1, 2], dtype=np.int32), count=10**9, text=None)
+        for number in range(count)
+    ]
+    consumed = Consumed(documents=10**9, sha256="f" * 64, samples=10**12, tokens=10**15)
+    window = Window(number=1, samples=samples, consumed=consumed, last=False)
+    used = store_bytes(storage)
+    budget = ByteBudget(storage, manifest, used + END_BYTES + 2 * window_bytes(window) - 1)
+    assert [budget.admits(window) for _ in range(2)] == [True, False]
+    write_repeats(storage, 1, {sample.id: sample.count for sample in samples})
+    data = {**manifest.data, "parts": [*manifest.data.get("parts", []), data_record(samples, 10**6)]}
+    runs = [*manifest.runs, {"windows": [dataclasses.asdict(consumed)]}]
+    write_manifest(storage, dataclasses.replace(manifest, data=data, runs=runs))
+    assert 0.7 * window_bytes(window) < store_bytes(storage) - used <= window_bytes(window)
+
+
+def test_a_limit_that_processes_would_share_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"max_bytes: got it with task_range, whose processes .*; limit such a run with max_tokens"
+    ):
+        ExtractConfig(teacher="t", data=("d",), out="o", max_bytes=10**9, task_range="1/2")
 
 
 def test_a_limit_below_an_empty_store_is_refused() -> None:

@@ -30,6 +30,7 @@ from pipeline.extract import extract
 from pipeline.models.resolve import resolve_model
 from pipeline.node import NodeError, NodeInfo, inspect_node, nonce_in, refuse_different
 from pipeline.quarantine import BadSampleError
+from pipeline.status import StatusReader
 from pipeline.worker import TeacherSource
 from tests.checkpoints import VOCAB_SIZE, byte_tokenizer, save_checkpoint
 from tests.pipeline.test_extract import by_id
@@ -167,6 +168,8 @@ def test_samples_of_nan_are_left_out_and_accounted_for(
     told = run(config)
     assert sum(text.startswith("left out: sample ") and "NaN" in text for text in told) == 2
     refuse_bad(tmp_path / "store", expected, "got NaN or infinity")
+    notes = StatusReader(str(tmp_path / "store")).read().notes
+    assert {note["sample"] for note in notes} == read_quarantined(locate(tmp_path / "store")).keys()
     again = config.model_copy(update={"workers": 0})
     assert not any("looking for the samples" in text for text in run(again)), "resuming looked for them again"
     refuse_bad(tmp_path / "store", expected, "got NaN or infinity")

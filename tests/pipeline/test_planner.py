@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -149,6 +150,7 @@ def test_a_part_of_the_work_takes_its_part_of_the_time(teacher: Path, corpus: Pa
     estimate = plan(config_of(teacher, corpus, tmp_path / "store", task_range="1/4"))
     assert estimate.num_tokens is not None
     assert estimate.hours is not None
+    assert estimate.tokens_per_s is not None
     assert estimate.hours.steady == pytest.approx(estimate.num_tokens / estimate.tokens_per_s / 4, rel=0.1)
 
 
@@ -317,8 +319,27 @@ def test_reading_ends_after_some_time(corpus: Path) -> None:
     assert not size.is_exact
 
 
-def test_data_of_unknown_size_has_the_size_asked_for_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert text_bytes(["org/data"], "text", "train") is None
+def test_data_of_unknown_size_has_the_size_asked_for_or_none(teacher: Path, tmp_path: Path) -> None:
+    rows = [text for text in dict.fromkeys(texts(60_000)) if text.strip()]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "data")
+    config = config_of(teacher, tmp_path / "data", tmp_path / "store", window_tokens=8000)
+    endless = plan(config)
+    assert (endless.num_tokens, endless.hours, endless.chosen.total_bytes, endless.files) == (None, None, None, None)
+    assert endless.how == "the data does not say how large it is"
+    assert endless.tokens_per_s is not None
+    assert endless.tokens_per_s > 0
+    limited = plan(config.model_copy(update={"max_tokens": 40_000}))
+    assert (limited.num_tokens, limited.is_exact) == (40_000, False)
+    assert limited.how == "--max-tokens, if the data has as much"
+    assert limited.chosen.bytes_per_token == pytest.approx(endless.chosen.bytes_per_token, rel=0.05)
+    assert limited.hours is not None
+    summary = run(config.model_copy(update={"max_tokens": 40_000}))
+    assert limited.chosen.total_bytes == pytest.approx(bytes_of(tmp_path / "store"), rel=0.05)
+    assert limited.chosen.shards == pytest.approx(summary.num_shards, abs=summary.num_shards // 10 + 2)
+    arguments = ("--teacher", teacher, "--data", tmp_path / "data", "--out", tmp_path / "new", "--set", "window_tokens=8000")
+    shown = invoke(*arguments, "--trial-s", "0.2").stdout
+    assert "size not known: the data does not say how large it is" in shown
+    assert "for every million of tokens" in shown
 
 
 # Pure arithmetic.

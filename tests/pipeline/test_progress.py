@@ -184,14 +184,15 @@ def test_the_log_holds_every_shard_once_and_ends_with_the_whole_run(begin: Calla
 def test_a_long_run_logs_ever_less_often_down_to_twice_a_minute(begin: Callable[..., Progress], tmp_path: Path) -> None:
     clock = Clock()
     with begin(lambda _: None, clock, total_tokens=None) as progress:
-        for shard in range(7200):
-            clock.now += 1
+        for shard in range(900):
+            clock.now += 1 if shard < 60 else 10
             progress.add(result(shard, tokens=10))
     ((_, *readings, _),) = lines_of(tmp_path)
     gaps = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(readings[:-1])]
     assert gaps[:5] == pytest.approx([1] * 5)
     assert max(gaps) == pytest.approx(30)
-    assert len(readings) < 450
+    assert len(readings) < 400
+    assert sum(len(line["committed"]) for line in readings) == 900
 
 
 def test_full_files_are_left_and_no_line_is_lost(tmp_path: Path) -> None:
@@ -231,9 +232,11 @@ def test_an_error_that_ends_a_run_is_logged_and_a_resumed_run_has_a_log_of_its_o
     assert len(said) == 1
 
 
-def test_a_run_with_nothing_to_do_leaves_no_log(begin: Callable[..., Progress], tmp_path: Path) -> None:
+def test_a_run_that_begins_no_task_leaves_no_log(begin: Callable[..., Progress], tmp_path: Path) -> None:
     with begin(pytest.fail, Clock()) as progress:
         progress.found(40_000)
+    with pytest.raises(ValueError, match="Nothing was written"), begin(pytest.fail, Clock()):
+        raise ValueError("other data. Nothing was written")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,6 +263,17 @@ def test_the_summary_names_a_picture_of_the_run(begin: Callable[..., Progress], 
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert content == plot_readings(progress.readings, "cpu")
+
+
+def test_a_short_run_has_no_picture(begin: Callable[..., Progress], tmp_path: Path) -> None:
+    clock, said = Clock(), list[str]()
+    with begin(said.append, clock) as progress:
+        for shard in range(9):
+            clock.now += 1.05
+            progress.add(result(shard))
+    assert "9 shards" in said[-1]
+    assert "plot" not in said[-1]
+    assert list(tmp_path.rglob("*.png")) == []
 
 
 def test_a_picture_changes_with_what_it_shows() -> None:

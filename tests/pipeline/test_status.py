@@ -211,7 +211,7 @@ def test_claims_of_the_dead_are_stale_and_writers_elsewhere_are_not(filling: Fil
 def test_what_ended_the_newest_run_is_shown_until_another_begins(filling: Filling) -> None:
     def run() -> None:
         with progress_of(filling) as progress:
-            progress.note("replaced", worker=0)
+            progress.add(filling.result(0))
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

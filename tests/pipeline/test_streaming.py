@@ -20,13 +20,17 @@ from kvstore import FingerprintMismatchError, open_store
 from kvstore.describe import describe
 from kvstore.drop import drop_samples
 from kvstore.rewrite import merge_stores
+from kvstore.storage import locate
 from kvstore.verify import verify_store
 from pipeline import samples
+from pipeline.budget import END_BYTES, store_bytes
 from pipeline.chat import ROLES
 from pipeline.config import ExtractConfig
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
 from pipeline.repair import repair_store
+from pipeline.run_log import LogReader
+from pipeline.status import StatusReader
 from tests.checkpoints import byte_tokenizer, save_checkpoint
 from tests.kvstore.test_rewrite import codes_by_id
 from tests.pipeline.test_chat import CHATML, SPECIAL
@@ -192,6 +196,31 @@ def test_limits_count_over_all_windows_and_others_are_refused(
     assert run(teacher, data, tmp_path / "limited", **limits).new_shards == 0
     with pytest.raises(FingerprintMismatchError, match=r"complete: got (true|false)|num_samples: got"):
         run(teacher, data, streamed, **limits)
+
+
+def test_a_byte_limit_holds_where_windows_bring_nothing_but_repeats(teacher: Path, tmp_path: Path) -> None:
+    store, fresh = tmp_path / "store", texts(20)
+    data = write(tmp_path / "data.jsonl", [*fresh, *(fresh[number % 20] for number in range(900))])
+    run(teacher, write(tmp_path / "fresh.jsonl", fresh), tmp_path / "fresh")
+    limit = store_bytes(locate(tmp_path / "fresh")) + END_BYTES + 60_000
+    run(teacher, data, store, max_bytes=limit)
+    cut = open_store(store).manifest
+    assert cut.is_growing
+    assert 3 < len(cut.data["parts"]) < 30
+    assert store_bytes(locate(store)) <= limit
+    assert run(teacher, data, store, max_bytes=10 * limit).num_samples == len(set(fresh))
+    assert not open_store(store).manifest.is_growing
+    assert sum(counts(store).values()) == 920
+
+
+def test_what_a_run_stores_is_known_once_its_last_window_is_planned(teacher: Path, data: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(teacher, data, store)
+    ((first, *readings, _),) = LogReader(locate(store)).read().values()
+    assert first["total_tokens"] is None
+    assert readings[-1]["left_tokens"] == 0
+    assert readings[-1]["tokens"] == open_store(store).samples.num_tokens.sum()
+    assert StatusReader(str(store)).read().state == "complete"
 
 
 def test_jobs_of_an_array_share_every_window(teacher: Path, data: Path, whole: Path, tmp_path: Path) -> None:
