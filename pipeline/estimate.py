@@ -17,7 +17,7 @@ from kvstore.spec import KVSpec, format_layers
 from pipeline.align import default_student_layers
 from pipeline.progress_plot import LEAST_S
 
-_LOG_LINE_BYTES, _LOGGED_SHARD_BYTES, _PLOT_BYTES, _GATE_BYTES = 460, 24, 70_000, 1_200
+_LOG_LINE_BYTES, _LOGGED_SHARD_BYTES, PLOT_BYTES, _GATE_BYTES = 460, 24, 70_000, 1_200
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +198,7 @@ def log_bytes(shards: int, seconds: float) -> int:
     """Of the log of a run and its picture: a line for each shard, but at most one a second, and later one in a sixtieth of the time so
     far, up to half a minute."""
     lines = min(seconds, 60) + 60 * math.log(min(max(seconds / 60, 1), 30)) + max(seconds - 1800, 0) / 30
-    picture = _PLOT_BYTES if seconds >= LEAST_S else 0
+    picture = PLOT_BYTES if seconds >= LEAST_S else 0
     return round(_LOG_LINE_BYTES * (3 + min(shards, lines)) + _LOGGED_SHARD_BYTES * shards + picture)
 
 
