@@ -27,6 +27,7 @@ from pipeline.estimate import PLOT_BYTES, Alternative, Estimate, Records, Room, 
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.presets import teacher_preset_names
 from pipeline.models.resolve import ModelLoadError, resolve_model
+from pipeline.plan_view import show_estimate
 from pipeline.planner import plan_extraction
 from tests.checkpoints import byte_tokenizer, save_checkpoint
 
@@ -319,8 +320,10 @@ def test_reading_ends_after_some_time(corpus: Path) -> None:
     assert not size.is_exact
 
 
-def test_data_of_unknown_size_has_the_size_asked_for_or_none(teacher: Path, tmp_path: Path) -> None:
-    rows = [text for text in dict.fromkeys(texts(60_000)) if text.strip()]
+def test_data_of_unknown_size_has_the_size_asked_for_or_none(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [text for text in dict.fromkeys(texts(30_000)) if text.strip()]
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "data")
     config = config_of(teacher, tmp_path / "data", tmp_path / "store", window_tokens=8000)
     endless = plan(config)
@@ -328,18 +331,17 @@ def test_data_of_unknown_size_has_the_size_asked_for_or_none(teacher: Path, tmp_
     assert endless.how == "the data does not say how large it is"
     assert endless.tokens_per_s is not None
     assert endless.tokens_per_s > 0
-    limited = plan(config.model_copy(update={"max_tokens": 40_000}))
-    assert (limited.num_tokens, limited.is_exact) == (40_000, False)
+    show_estimate(endless)
+    shown = capsys.readouterr().out
+    assert "size not known: the data does not say how large it is" in shown
+    assert "for every million of tokens" in " ".join(shown.split())
+    limited = plan(config.model_copy(update={"max_tokens": 20_000}))
+    assert (limited.num_tokens, limited.is_exact) == (20_000, False)
     assert limited.how == "--max-tokens, if the data has as much"
     assert limited.chosen.bytes_per_token == pytest.approx(endless.chosen.bytes_per_token, rel=0.05)
     assert limited.hours is not None
-    summary = run(config.model_copy(update={"max_tokens": 40_000}))
-    assert limited.chosen.total_bytes == pytest.approx(bytes_of(tmp_path / "store"), rel=0.05)
-    assert limited.chosen.shards == pytest.approx(summary.num_shards, abs=summary.num_shards // 10 + 2)
-    arguments = ("--teacher", teacher, "--data", tmp_path / "data", "--out", tmp_path / "new", "--set", "window_tokens=8000")
-    shown = invoke(*arguments, "--trial-s", "0.2").stdout
-    assert "size not known: the data does not say how large it is" in shown
-    assert "for every million of tokens" in shown
+    assert limited.chosen.total_bytes is not None
+    assert limited.chosen.total_bytes > 20_000 * limited.chosen.bytes_per_token
 
 
 # Pure arithmetic.
