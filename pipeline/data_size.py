@@ -50,8 +50,13 @@ def measure_data(config: ExtractConfig, tokenizer: Any, seq_len: int, most_s: fl
     """Tokenise the first window of the data, and size the rest by its bytes.
 
     Raises:
-        ValueError: the data cannot be read, or holds nothing to store.
+        ValueError: the data cannot be read, holds nothing to store, or is a pipe, of which what is read here would be lost.
     """
+    if pipes := [part for part in config.data if Path(part).expanduser().is_fifo()]:
+        raise ValueError(
+            f"--data: {pipes[0]} is a pipe, and what 'kvpipe plan' reads of it 'kvpipe extract' would not get; give plan a file with "
+            "text like that, and --max-tokens"
+        )
     documents = read_documents(config.data, config.text_field, config.split)
     if config.seed is not None:
         documents = shuffled(documents, config.seed)
@@ -67,17 +72,30 @@ def measure_data(config: ExtractConfig, tokenizer: Any, seq_len: int, most_s: fl
         found = _Total(known, None, "all of the data" if is_all else at_limit)
     else:
         found = _extrapolate(config, window.samples, sum(used))
+    samples = _as_many(window.samples, config.sample_tokens)
     if not config.keep_text:
-        samples = [dataclasses.replace(sample, text=None) for sample in window.samples]
-        window = dataclasses.replace(window, samples=samples)
+        samples = [dataclasses.replace(sample, text=None) for sample in samples]
+    window = dataclasses.replace(window, samples=samples)
+    if config.sample_tokens is not None and (found.num_tokens is None or config.sample_tokens < found.num_tokens):
+        found = _Total(config.sample_tokens, None, "--sample-tokens")
     return DataSize(
         window=window,
         num_tokens=found.num_tokens,
-        is_exact=found.num_tokens == known,
+        is_exact=found.num_tokens == known == window.num_tokens,
         relative_error=found.relative_error,
         how=found.how,
         seconds_per_token=elapsed / known,
     )
+
+
+def _as_many(samples: list[Sample], num_tokens: int | None) -> list[Sample]:
+    """The first samples that have about so many tokens: in order of their ids they are a random draw."""
+    total = 0
+    for index, sample in enumerate(samples):
+        if num_tokens is not None and total >= num_tokens:
+            return samples[:index]
+        total += len(sample.input_ids)
+    return samples
 
 
 class _Seen:
@@ -105,11 +123,7 @@ class _Total(NamedTuple):
 
 def _extrapolate(config: ExtractConfig, samples: Sequence[Sample], read_bytes: int) -> _Total:
     known = sum(len(sample.input_ids) for sample in samples)
-    limits = {
-        "--limit": config.limit and config.limit * known // len(samples),
-        "--max-tokens": config.max_tokens,
-        "--sample-tokens": config.sample_tokens,
-    }
+    limits = {"--limit": config.limit and config.limit * known // len(samples), "--max-tokens": config.max_tokens}
     limit, most = min(((name, most) for name, most in limits.items() if most), key=lambda item: item[1], default=("", None))
     all_bytes = text_bytes(config.data, config.text_field, config.split)
     if all_bytes is None:

@@ -59,9 +59,10 @@ class Hours:
     start_up: float
     """Loading the teacher and probing it."""
     tokenise: float
+    """The first window; later ones are tokenised while others are computed."""
     gate: float
     steady: float
-    """Computing and writing, calibration included."""
+    """Computing and writing, calibration included; or tokenising, where that takes longer."""
     total: float
     measured_tokens: int
     measured_s: float
@@ -229,14 +230,22 @@ class Room:
         return self.bytes is None or rung.total_bytes <= self.bytes
 
 
-def tokens_that_fit(rung: Rung, records: Records, num_tokens: int, room: int) -> int:
-    """How many tokens there is room for in this codec, if they are like those of the rung."""
-    assert rung.total_bytes is not None
-    return max(int((room - records.fixed) / (rung.total_bytes - records.fixed) * num_tokens), 0)
+def tokens_that_fit(rung: Rung, records: Records, room: int, num_tokens: int | None, shard_tokens: int) -> int:
+    """How many tokens there is room for in this codec, if they are like those of the rung.
+
+    Args:
+        room: bytes there are.
+        num_tokens: of the rung.
+        shard_tokens: most tokens of a shard, for a rung of no known size.
+    """
+    each = rung.bytes_per_token + records.per_token + records.per_shard / shard_tokens
+    if num_tokens is not None and rung.total_bytes is not None:
+        each = (rung.total_bytes - records.fixed) / num_tokens
+    return max(int((room - records.fixed) / each), 0)
 
 
 def alternatives(
-    rungs: Sequence[Rung], layers: Sequence[int], records: Records, num_tokens: int, room: int
+    rungs: Sequence[Rung], layers: Sequence[int], records: Records, num_tokens: int, room: int, shard_tokens: int
 ) -> tuple[Alternative, ...]:
     """Arguments with which a store fits that does not: the finest coarser codec, fewer layers, fewer tokens.
 
@@ -244,6 +253,7 @@ def alternatives(
         rungs: the one chosen first.
         layers: what `--layers` chooses from: those chosen now.
         room: bytes there are.
+        shard_tokens: most tokens of a shard.
     """
     chosen, *others = rungs
     assert chosen.total_bytes is not None
@@ -258,7 +268,7 @@ def alternatives(
     if 0 < (count := int(max(room - fixed, 0) / per_layer)) < len(layers):
         kept = [layers[index] for index in default_student_layers(len(layers), count)]
         found.append(Alternative(arguments=f"--layers {format_layers(kept)}", total_bytes=round(fixed + count * per_layer)))
-    if tokens := tokens_that_fit(chosen, records, num_tokens, room):
+    if tokens := tokens_that_fit(chosen, records, room, num_tokens, shard_tokens):
         digits = 10 ** max(len(str(tokens)) - 3, 0)
         fewer = tokens // digits * digits
         total = records.fixed + (chosen.total_bytes - records.fixed) * fewer // num_tokens

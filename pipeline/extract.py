@@ -99,7 +99,7 @@ def extract(
     run = Run(
         config=config, resolved=resolved, storage=storage, tokenizer=tokenizer, first=first, seq_len=config.seq_len, say=say
     )
-    executor = make_executor(config, resolved, say, stop)
+    executor = make_executor(config, resolved, storage, say, stop)
     try:
         signal = signal_of(run, executor.describe())
         _announce(run, signal)
@@ -146,9 +146,12 @@ def _tokens_expected(config: ExtractConfig) -> int | None:
     return min((number for number in (config.max_tokens, config.sample_tokens) if number), default=None)
 
 
-def make_executor(config: ExtractConfig, resolved: ResolvedModel, say: Say, stop: Stop = NEVER) -> Executor:
-    """Where the tasks will run: Ray if workers were asked for, else this process."""
-    assert config.out is not None
+def make_executor(config: ExtractConfig, resolved: ResolvedModel, storage: Storage, say: Say, stop: Stop = NEVER) -> Executor:
+    """Where the tasks will run: Ray if workers were asked for, else this process.
+
+    Args:
+        storage: where the store is or will be: every worker must see it.
+    """
     source = TeacherSource(path=resolved.path, dtype=config.dtype, device=config.device, num_gpus=config.gpus_per_worker)
     if config.workers or config.ray_address:
         return RayExecutor(
@@ -156,7 +159,7 @@ def make_executor(config: ExtractConfig, resolved: ResolvedModel, say: Say, stop
             config.workers,
             config.ray_address,
             gpus_per_worker=config.gpus_per_worker,
-            storage=locate(config.out),
+            storage=storage,
             on_bad_sample=config.on_bad_sample,
             stop=stop,
             say=say,

@@ -11,6 +11,9 @@ from pipeline.worker import TaskResult
 
 _RESULTS_PER_WORKER = 4  # in a window of fewer, what the workers have in hand would be missed too much
 
+_NO_GAP = 0.9
+"""Tasks have the teacher in turn and write side by side: where their turns leave no gap, writing holds up nothing, however busy it is."""
+
 
 class Meter:
     """Turns results into readings. Knows the sums and the results of the last minute, nothing else.
@@ -82,6 +85,9 @@ def _busy(results: list[TaskResult]) -> dict[str, float]:
 
 
 def _bottleneck(shares: Mapping[str, float], *, may_wait: bool) -> str | None:
+    turns = {stage: share for stage, share in shares.items() if stage != "write"}
+    if sum(turns.values()) >= _NO_GAP:
+        return max(turns, key=turns.__getitem__)
     busiest = max(shares, key=shares.__getitem__)
     if may_wait and 1 - sum(shares.values()) > shares[busiest]:
         return WAITING

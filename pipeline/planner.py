@@ -98,20 +98,22 @@ def _from_trial(
         seq_len=config.seq_len,
         say=say,
     )
-    started = time.perf_counter()
-    executor = make_executor(config, resolved, say)
-    try:
-        signal = signal_of(run, executor.describe())
-        start_up_s = time.perf_counter() - started
-        lengths = [len(sample.input_ids) for sample in data.window.samples]
-        sizing = Sizing(stored=signal.stored, lengths=lengths, num_tokens=data.num_tokens, window_tokens=config.window_tokens)
-        layout = sizing.layout(signal.codecs)
-        shards = [[data.window.samples[index] for index, _ in placed] for placed in fill_shards(lengths, layout)]
-        say(f"{config.teacher}: trying the teacher and every codec on {trial_s:.0f} s worth of its tasks")
-        with trial_place(config) as place:
+    with trial_place(config) as place:
+        started = time.perf_counter()
+        executor = make_executor(config, resolved, locate(place), say)
+        try:
+            signal = signal_of(run, executor.describe())
+            start_up_s = time.perf_counter() - started
+            lengths = [len(sample.input_ids) for sample in data.window.samples]
+            sizing = Sizing(
+                stored=signal.stored, lengths=lengths, num_tokens=data.num_tokens, window_tokens=config.window_tokens
+            )
+            layout = sizing.layout(signal.codecs)
+            shards = [[data.window.samples[index] for index, _ in placed] for placed in fill_shards(lengths, layout)]
+            say(f"{config.teacher}: trying the teacher and every codec on {trial_s:.0f} s worth of its tasks")
             sizes, speed = Trial(run, signal, executor, batching, shards, layout, place).measure(trial_s)
-    finally:
-        executor.close()
+        finally:
+            executor.close()
     padded = sum(map(batching.padded_tokens, shards))
     tokens_per_s = speed.padded_per_s * data.known_tokens / padded
     hours = None if data.num_tokens is None else _hours(config, storage, data, start_up_s, tokens_per_s, layout, speed)
@@ -149,8 +151,9 @@ def _hours(
 ) -> Hours:
     """Seconds of every part of the run."""
     assert data.num_tokens is not None
-    steady = _share_left(config, storage, layout) * data.num_tokens / tokens_per_s
-    tokenise = data.seconds_per_token * data.num_tokens
+    first = min(data.num_tokens, config.window_tokens)
+    tokenise, later = (data.seconds_per_token * tokens for tokens in (first, data.num_tokens - first))
+    steady = max(_share_left(config, storage, layout) * data.num_tokens / tokens_per_s, later)
     gate = 2 * speed.gate_s_per_token * min(config.gate_tokens, data.num_tokens)
     return Hours(
         start_up=start_up_s,
@@ -335,9 +338,11 @@ def _estimate(
         student_tokens_per_s=student_tokens_per_s,
         read_bytes_per_s=student_tokens_per_s * chosen.bytes_per_token,
         room=room,
-        tokens_that_fit=None if room.bytes is None or tokens is None else tokens_that_fit(chosen, records, tokens, room.bytes),
+        tokens_that_fit=None
+        if room.bytes is None
+        else tokens_that_fit(chosen, records, room.bytes, tokens, layout.shard_tokens),
         fits=fits,
-        alternatives=alternatives(rungs, layers, records, tokens, room.bytes)
+        alternatives=alternatives(rungs, layers, records, tokens, room.bytes, layout.shard_tokens)
         if fits is False and tokens is not None and room.bytes is not None
         else (),
     )

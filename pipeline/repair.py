@@ -135,7 +135,7 @@ def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[s
     tasks, lost = _tasks_of(store, commits, tokenizer)
     if not tasks:
         return lost
-    executor = make_executor(config, resolved, say)
+    executor = make_executor(config, resolved, storage, say)
     try:
         manifest = store.manifest
         alignment = None if manifest.alignment is None else Alignment.from_json(manifest.alignment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from kvstore.spec import parse_layers
 from pipeline.cli import cli
 from pipeline.config import ExtractConfig
 from pipeline.data_size import measure_data, text_bytes
-from pipeline.estimate import PLOT_BYTES, Alternative, Estimate, Records, Room, Rung, alternatives, scaled_layout
+from pipeline.estimate import PLOT_BYTES, Estimate, Records, Room, Rung, alternatives, scaled_layout, tokens_that_fit
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.presets import teacher_preset_names
 from pipeline.models.resolve import ModelLoadError, resolve_model
@@ -240,9 +241,11 @@ def test_the_preset_of_the_readme_is_about_thirteen_gigabytes(tmp_path: Path, mo
 
 def test_with_no_end_of_the_data_only_what_a_token_takes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    estimate = plan(ExtractConfig(teacher="qwen2-7b", data=("org/data",), out=str(tmp_path / "store")))
+    config = ExtractConfig(teacher="qwen2-7b", data=("org/data",), out=str(tmp_path / "store"), max_bytes=10**10)
+    estimate = plan(config)
     assert (estimate.num_tokens, estimate.chosen.total_bytes, estimate.files, estimate.fits) == (None, None, None, None)
     assert estimate.chosen.bytes_per_token > 10_000
+    assert estimate.tokens_that_fit == pytest.approx(10**10 / estimate.chosen.bytes_per_token, rel=0.2)
 
 
 # How much data there is.
@@ -302,6 +305,8 @@ def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Pat
         pytest.param({"max_tokens": 20_000}, "--max-tokens", False, id="tokens-beyond-what-is-read"),
         pytest.param({"limit": 100}, "--limit", False, id="samples-beyond-what-is-read"),
         pytest.param({"max_tokens": 10**9}, "40 MB", False, id="more-than-there-is"),
+        pytest.param({"sample_tokens": 5000}, "--sample-tokens", False, id="a-random-share"),
+        pytest.param({"sample_tokens": 20_000}, "--sample-tokens", False, id="a-share-beyond-what-is-read"),
     ],
 )
 def test_limits_say_how_much_is_stored(limits: dict[str, int], how: str, is_exact: bool, corpus: Path) -> None:
@@ -312,6 +317,20 @@ def test_limits_say_how_much_is_stored(limits: dict[str, int], how: str, is_exac
     assert size.num_tokens == pytest.approx(whole.num_tokens, rel=0.05)
     if how.startswith("--"):
         assert size.how == how
+
+
+def test_a_random_share_of_the_data_is_laid_out_for_its_own_size(corpus: Path) -> None:
+    size = measure_data(config_of("t", corpus, "o", sample_tokens=5000), byte_tokenizer(), 200)
+    assert size.num_tokens == 5000
+    assert 5000 <= size.known_tokens < 5200
+    whole = measure_data(config_of("t", corpus, "o", sample_tokens=10**6), byte_tokenizer(), 200)
+    assert (whole.is_exact, whole.how) == (True, "all of the data")
+
+
+def test_a_pipe_is_left_to_the_extraction(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^--data: .*/pipe is a pipe, and what 'kvpipe plan' reads of it"):
+        measure_data(config_of("t", tmp_path / "pipe", "o"), byte_tokenizer(), 200)
 
 
 def test_reading_ends_after_some_time(corpus: Path) -> None:
@@ -370,11 +389,20 @@ def test_alternatives_are_the_finest_that_fit() -> None:
         rung("mix", 3.6, 600_000),
         rung("q4z", 2.8, 500_000),
     ]
-    found = alternatives(rungs, [0, 1, 2, 3], records, 10_000, 620_000)
+    found = alternatives(rungs, [0, 1, 2, 3], records, 10_000, 620_000, 4096)
     assert [other.arguments for other in found] == ["--codec mix", "--layers 1,3", "--max-tokens 6190"]
     assert [other.total_bytes for other in found] == pytest.approx([600_000, 500_000, 619_000], rel=0.01)
-    assert alternatives(rungs, [0], records, 10_000, 0) == ()
-    assert alternatives(rungs, [0], records, 10_000, 550_000)[0] == Alternative(arguments="--codec q4z", total_bytes=500_000)
+    assert alternatives(rungs, [0], records, 10_000, 0, 4096) == ()
+    assert alternatives(rungs, [0], records, 10_000, 550_000, 4096)[0].arguments == "--codec q4z"
+
+
+def test_tokens_that_fit_are_told_for_data_of_any_size() -> None:
+    records = Records(per_token=2.0, per_shard=1000, own=8800, own_files=0)  # with a gate's record 10,000 bytes
+    known = rung("q8", 6.5, 110_000)
+    assert tokens_that_fit(known, records, 60_000, 1000, 100) == 500
+    endless = dataclasses.replace(known, total_bytes=None, shards=None, bytes_per_token=18.0)
+    assert tokens_that_fit(endless, records, 40_000, None, 100) == 1000  # 30 bytes for each: 18, 2 and a 100th of 1,000
+    assert tokens_that_fit(endless, records, 5000, None, 100) == 0
 
 
 def test_room_is_the_least_of_disk_and_limit() -> None:

@@ -81,6 +81,16 @@ def test_shares_are_of_the_time_of_all_workers() -> None:
     assert meter.read().shares["compute"] == pytest.approx(4 * 8 / (2 * 20))
 
 
+def test_many_writers_at_once_are_no_bottleneck_while_the_teacher_has_no_rest() -> None:
+    clock = Clock()
+    meter = Meter(workers=1, total_tokens=None, clock=clock)
+    for shard in range(3):
+        clock.now += 10
+        meter.add(result(shard, compute_s=8.5, write_s=25.0))
+    assert meter.read().shares["write"] == 1.0
+    assert meter.read().bottleneck == "compute"
+
+
 def test_workers_that_do_nothing_are_waiting() -> None:
     clock = Clock()
     meter = Meter(workers=1, total_tokens=None, clock=clock)
