@@ -39,12 +39,13 @@ OPTIONAL_FIELDS = {"model_type", "head_dim"}
 """Fields transformers reads from any config although not every config class declares them."""
 
 
-def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu", last_layer: int | None = None) -> PreTrainedModel:
     """Load a decoder from safetensors, in evaluation mode, every weight of it from the checkpoint.
 
     Args:
         dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` to spread it over what there is.
+        last_layer: what is above is not read where the model can do without (`partial.is_partial`); None for all.
 
     Raises:
         ModelLoadError: the files are damaged or incomplete, or this is no causal decoder.
@@ -59,7 +60,10 @@ def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu") -> PreT
             f"{path}: {config.model_type} is an encoder-decoder model; its keys and values are not causal. Choose a decoder"
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForCausalLM
+        if last_layer is not None:
+            kind, config = _partial_class(config, last_layer)
+        model, report = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -74,6 +78,19 @@ def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu") -> PreT
     _validate_weights(path, report)
     _validate_causal(path, model)
     return model.eval()
+
+
+def _partial_class(config: PretrainedConfig, last_layer: int) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class of a config without what is above a layer, and the config it takes: for some only that of the text part."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.models.partial import partial_class
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    own = config if type(skeleton.config) is type(config) else config.get_text_config()
+    return partial_class(type(skeleton), last_layer), own
 
 
 def _config_of(path: Path) -> PretrainedConfig:
