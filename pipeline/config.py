@@ -39,8 +39,8 @@ class ExtractConfig(pydantic.BaseModel):
     """raw, q8, fp8, q8z, mix, q4z or q4z-min (12 to 2.35 bits per value); layers may differ: 'mix,0=raw,24-27=q8'."""
     seq_len: int = pydantic.Field(2048, ge=2)
     """Longest sample in tokens; longer documents are cut into consecutive samples. At most the teacher's positions."""
-    batch_tokens: int = pydantic.Field(8192, ge=1)
-    """Padded tokens of one forward pass; a longer sample runs alone."""
+    batch_tokens: int | None = pydantic.Field(None, ge=1)
+    """Padded tokens of one forward pass; a longer sample runs alone. None measures what fits a GPU, and is 8,192 on a CPU."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type the teacher computes in; auto is the checkpoint's own."""
     device: str = "auto"

@@ -68,7 +68,8 @@ class Signal:
 
 def enter(run: Run, signal: Signal, executor: Executor) -> tuple[RunParts, Part]:
     """The parts of the store this run is for, and the first: a new store's, one that is there already, or one to append."""
-    settings = run_record(run.config, run.resolved)
+    # What was measured, so that a repair computes in batches of the same size.
+    settings = {**run_record(run.config, run.resolved), "batch_tokens": signal.job.batch_tokens}
     parts = RunParts(run.storage, settings, run.seq_len, append=run.config.append)
     try:
         store = Store(run.storage)

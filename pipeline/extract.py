@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 import sys
 import time
@@ -101,7 +102,7 @@ def extract(
     )
     executor = make_executor(config, resolved, storage, say, stop)
     try:
-        signal = signal_of(run, executor.describe())
+        signal = signal_of(run, executor)
         _announce(run, signal)
         if storage.size(MANIFEST) is None:
             refuse_small_budget(config.max_bytes, tokenizer, signal.stored)
@@ -155,7 +156,7 @@ def make_executor(config: ExtractConfig, resolved: ResolvedModel, storage: Stora
     source = TeacherSource(path=resolved.path, dtype=config.dtype, device=config.device, num_gpus=config.gpus_per_worker)
     if config.workers or config.ray_address:
         return RayExecutor(
-            source,
+            dataclasses.replace(source, last_layer=_last_layer_wanted(config)),
             config.workers,
             config.ray_address,
             gpus_per_worker=config.gpus_per_worker,
@@ -167,8 +168,22 @@ def make_executor(config: ExtractConfig, resolved: ResolvedModel, storage: Stora
     return SerialExecutor(source, on_bad_sample=config.on_bad_sample, stop=stop, say=say)
 
 
-def signal_of(run: Run, info: TeacherInfo) -> Signal:
-    """What this teacher and these settings store."""
+def _last_layer_wanted(config: ExtractConfig) -> int | None:
+    """Where the settings alone tell: a student's teacher layers, and what is counted from the last, are known with the teacher."""
+    if config.student is None and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", config.layers or ""):
+        return max(map(int, re.findall(r"\d+", str(config.layers))))
+    return None
+
+
+def batch_tokens_of(config: ExtractConfig, executor: Executor, layers: tuple[int, ...]) -> int:
+    """Padded tokens of a forward pass: those asked for, or what one worker measures; all have the same kind of device."""
+    measured: int = config.batch_tokens or executor.ask("fit_batch_tokens", layers, config.seq_len)
+    return measured
+
+
+def signal_of(run: Run, executor: Executor) -> Signal:
+    """What the workers' teacher and these settings store."""
+    info = executor.describe()
     refuse_tokens(run.first, info.num_embeddings)
     alignment, stored = _stored(run, info)
     is_chat = any(sample.role is not None for sample in run.first.samples)
@@ -185,7 +200,7 @@ def signal_of(run: Run, info: TeacherInfo) -> Signal:
             store=run.storage.location,
             layers=stored.layer_numbers,
             alignment=alignment.to_json() if alignment and alignment.baked else None,
-            batch_tokens=run.config.batch_tokens,
+            batch_tokens=batch_tokens_of(run.config, executor, stored.layer_numbers),
         ),
     )
 
@@ -240,7 +255,8 @@ def _announce(run: Run, signal: Signal) -> None:
         free = f" ({shutil.disk_usage(existing_folder(run.storage.root)).free / 1e9:.0f} GB free)"
     run.say(
         f"{config.teacher}: {what}, {len(signal.stored.layers)} layers ({format_layers(signal.stored.layer_numbers)}), codec "
-        f"{format_codecs(signal.codecs)}: {about} into {run.storage.location}{free}"
+        f"{format_codecs(signal.codecs)}: {about} into {run.storage.location}{free}; {signal.job.batch_tokens:,} "
+        f"padded tokens at once on {signal.info.device}"
     )
     if config.max_tokens and (not first.last or first.num_tokens > 0.99 * config.max_tokens):
         run.say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")

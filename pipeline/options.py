@@ -36,7 +36,7 @@ EXTRACT_OPTIONS: tuple[Decorator, ...] = (
     click.option("--layers", help="'all' or a list like 0,4,8-11 or -1. Student layers when --student is given."),
     click.option("--codec", help="raw, q8, q8z, mix (default), q4z, q4z-min, fp8; by layer: 'mix,0=raw,24-27=q8'."),
     click.option("--seq-len", type=int, help="Longest sample in tokens [2048]."),
-    click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [8192]."),
+    click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [what fits the GPU; 8192 on a CPU]."),
     click.option("--dtype", help="float32, float16, bfloat16 or auto, the checkpoint's own [auto]."),
     click.option("--device", help="cpu, cuda, cuda:1 ... or auto [auto]."),
     click.option(

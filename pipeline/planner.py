@@ -82,11 +82,6 @@ def _from_trial(
     refuse_device(config)
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
     max_positions = int(model_config.get_text_config().max_position_embeddings)
-    batching = Batching(
-        batch_tokens=config.batch_tokens,
-        max_positions=max_positions,
-        alone=length_dependent_rope(model_config) is not None,
-    )
     tokenizer = load_tokenizer(resolved.path)
     data = measure_data(config, tokenizer, min(config.seq_len, max_positions))
     run = Run(
@@ -102,7 +97,12 @@ def _from_trial(
         started = time.perf_counter()
         executor = make_executor(config, resolved, locate(place), say)
         try:
-            signal = signal_of(run, executor.describe())
+            signal = signal_of(run, executor)
+            batching = Batching(
+                batch_tokens=signal.job.batch_tokens,
+                max_positions=max_positions,
+                alone=length_dependent_rope(model_config) is not None,
+            )
             start_up_s = time.perf_counter() - started
             lengths = [len(sample.input_ids) for sample in data.window.samples]
             sizing = Sizing(

@@ -24,7 +24,7 @@ from kvstore.storage import Storage, locate
 from kvstore.verify import Progress, Report, verify_store
 from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
-from pipeline.extract import extract, make_executor
+from pipeline.extract import batch_tokens_of, extract, make_executor
 from pipeline.identity import signal_record
 from pipeline.models.load import load_tokenizer
 from pipeline.models.resolve import resolve_model
@@ -149,7 +149,7 @@ def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[s
             store=storage.location,
             layers=manifest.spec.layer_numbers,
             alignment=alignment.to_json() if alignment and alignment.baked else None,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=batch_tokens_of(config, executor, manifest.spec.layer_numbers),
         )
         for _ in executor.run(job, tasks, replace=True):
             pass

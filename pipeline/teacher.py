@@ -6,6 +6,7 @@ Knows models and tasks; neither stores nor codecs.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from kvstore.spec import KVSpec
 from kvstore.writer import Placed
 from pipeline.align import Alignment
 from pipeline.models.capture import capture_kv
-from pipeline.models.probe import length_dependent_rope
+from pipeline.models.partial import is_partial, leave_out_above
+from pipeline.models.probe import length_dependent_rope, probe_causal, probe_kv_spec
 from pipeline.plan import CPU_BATCH_TOKENS, TaskSample, fit_batch_tokens, padded_length, plan_batches
 
 
@@ -69,15 +71,55 @@ OnLayer = Callable[[int, Batch, Tensor, Tensor], None]
 """Called with a layer, the batch, and its keys and values [token, kv_head, dim], samples end to end without padding."""
 
 
+Load = Callable[[int | None], Any]
+"""Gives the model in evaluation mode, where it can without what is above a layer; None for all of it."""
+
+
 class Teacher:
     """A model that computes for one thread at a time: `lock` is to be held by whoever uses it."""
 
-    def __init__(self, model: Any, spec: KVSpec) -> None:
-        self.model, self.spec = model, spec
+    def __init__(self, load: Load, last_layer: int | None = None) -> None:
+        """
+        Args:
+            last_layer: the last layer there is work for; None for all.
+
+        Raises:
+            CaptureError: keys and values of this model cannot be captured truthfully.
+        """
         self.lock = threading.Lock()
-        self._config = model.config.get_text_config()
-        self._alone = length_dependent_rope(model.config) is not None
+        self._load = load
+        self._read(last_layer)
+        self._config = self.model.config.get_text_config()
+        self._alone = length_dependent_rope(self.model.config) is not None
         self._batch_limit: int | None = None
+
+    def _read(self, last_layer: int | None) -> None:
+        model = self._load(last_layer)
+        there = last_layer if is_partial(model) else None
+        probe_causal(model, there)
+        self.model: Any = model
+        self.spec: KVSpec = probe_kv_spec(model, last_layer=there)
+        """Of the layers that were loaded."""
+        self._last_layer = last_layer
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether upper layers and the output head are not in memory."""
+        return is_partial(self.model)
+
+    def drop_above(self, last_layer: int) -> None:
+        """Free what only layers above the last wanted one need; `require_whole` brings it back."""
+        if self._last_layer is None or last_layer < self._last_layer:
+            leave_out_above(self.model, last_layer)
+            self._last_layer = last_layer
+            _free_memory()
+
+    def require_whole(self) -> None:
+        """Load the model again where something was left out or dropped: what predicts tokens needs all of it."""
+        if self.is_partial:
+            del self.model
+            _free_memory()
+            self._read(None)
 
     @property
     def max_positions(self) -> int:
@@ -96,7 +138,10 @@ class Teacher:
         if self.model.device.type != "cuda":
             return CPU_BATCH_TOKENS
         width = padded_length(min(seq_len, self.max_positions), self.max_positions)
-        return fit_batch_tokens(lambda rows: self._memory_share(layers, rows, width), width)
+        try:
+            return fit_batch_tokens(lambda rows: self._memory_share(layers, rows, width), width)
+        except torch.OutOfMemoryError:
+            return width  # one such sample at a time; `compute` finds out whether that fits
 
     def compute(
         self,
@@ -147,12 +192,14 @@ class Teacher:
 
         try:
             self._capture(torch.from_numpy(batch.padded()), layers, take)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False
         else:
             fits = True
-        if not fits and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # not before the error is gone, for it holds on to what was computed
+        if not fits:
+            _free_memory()  # not before the error is gone, for it holds on to what was computed
         return fits
 
     def _capture(self, input_ids: Tensor, layers: Sequence[int], take: Callable[[int, Tensor, Tensor], None]) -> None:
@@ -170,6 +217,18 @@ class Teacher:
 
     def _gpus(self) -> set[torch.device]:
         return {parameter.device for parameter in self.model.parameters() if parameter.device.type == "cuda"}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU where there is a limit to a process, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _free_memory() -> None:
+    """Give back what nothing refers to any more: at once, and to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _end_to_end(tensor_BHTD: Tensor, filled: Tensor | None) -> Tensor:

@@ -31,7 +31,6 @@ from pipeline.align import Alignment
 from pipeline.feed import Feed, StoreCodec, as_numpy
 from pipeline.gate import GateResult, codec_round_trip, run_gate, run_stored_gate, self_calibrated, stored_calibration
 from pipeline.models.load import load_causal_lm
-from pipeline.models.probe import probe_causal, probe_kv_spec
 from pipeline.plan import Task
 from pipeline.quarantine import BadSample
 from pipeline.teacher import Batch, OnLayer, Teacher
@@ -55,6 +54,8 @@ class TeacherSource:
     device: str
     num_gpus: int = 0
     """GPUs of this process to spread it over; 0 leaves that to `device`."""
+    last_layer: int | None = None
+    """The last layer there is work for; what is above is not loaded unless a gate asks for it. None for all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,9 @@ class TeacherInfo:
     """What a worker found out about its teacher by running it; all workers of a run must agree."""
 
     spec: KVSpec
-    """Every layer that has keys and values of its own."""
+    """Every layer that was loaded and has keys and values of its own."""
+    is_partial: bool
+    """Whether layers above were not loaded."""
     attn_implementation: str
     max_positions: int
     num_embeddings: int
@@ -117,20 +120,26 @@ class Worker:
             environment: variables a process on another machine lacks: a bucket's credentials.
         """
         os.environ.update(environment)
-        model: Any = load_causal_lm(source.path, dtype=source.dtype, device=source.device)
-        probe_causal(model)
-        self._teacher = Teacher(model, probe_kv_spec(model))
+        load = functools.partial(load_causal_lm, source.path, source.dtype, source.device)
+        self._teacher = Teacher(load, source.last_layer)
         self._kept: dict[int, list[_Captured]] = {}
 
     def describe(self) -> TeacherInfo:
         model = self._teacher.model
         return TeacherInfo(
             spec=self._teacher.spec,
+            is_partial=self._teacher.is_partial,
             attn_implementation=str(model.config.get_text_config()._attn_implementation),
             max_positions=self._teacher.max_positions,
             num_embeddings=int(model.get_input_embeddings().weight.shape[0]),
             device=str(model.device),
         )
+
+    def describe_whole(self) -> TeacherInfo:
+        """The same of every layer, loaded for that if need be."""
+        with self._teacher.lock:
+            self._teacher.require_whole()
+        return self.describe()
 
     def fit_batch_tokens(self, layers: tuple[int, ...], seq_len: int) -> int:
         """Padded tokens of a forward pass that fit this worker's device; see `Teacher`."""
@@ -195,6 +204,7 @@ class Worker:
             feed.take(layer, batch.placed, key, value)
         if kept is None:
             with self._teacher.lock:
+                self._teacher.drop_above(max(job.layers))  # not in `calibrate`, for the gate comes after it
                 begun = time.perf_counter()
                 self._compute(job, task, lambda layer, batch, key, value: feed.take(layer, batch.placed, key, value))
                 compute_s = time.perf_counter() - begun - feed.encode_s - feed.copy_s
@@ -226,6 +236,7 @@ class Worker:
         """
         teacher, codecs = self._teacher, parse_codecs(codec, job.layers)
         with teacher.lock:
+            teacher.require_whole()
             if job.alignment is None and calibration is not None:
                 fits = stored_calibration(teacher.spec.select(job.layers), codecs, calibration)
             else:
@@ -252,6 +263,7 @@ class Worker:
                 "baked stores before they are written"
             )
         with self._teacher.lock:
+            self._teacher.require_whole()
             return run_stored_gate(self._teacher.model, self._teacher.spec, open_store(job.store), sample_indices, job.layers)
 
     def _compute(self, job: Job, task: Task, on_layer: OnLayer) -> None:

@@ -39,7 +39,7 @@ class Executor(Protocol):
     """Runs tasks on one or more workers; results come in the order they finish."""
 
     def describe(self) -> TeacherInfo:
-        """Load the teacher everywhere, and say what it is."""
+        """Load the teacher everywhere, all of it at one worker at least, and say what it is."""
 
     def calibrate(self, job: Job, tasks: Sequence[Task]) -> Iterator[tuple[int, Moments]]:
         """Moments of every task, by shard."""

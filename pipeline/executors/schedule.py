@@ -90,6 +90,9 @@ class ScheduledExecutor:
         if any(info.spec != infos[0].spec for info in infos):
             raise ExecutorError("workers disagree on the teacher's geometry; install the same versions on every node")
         self.slots, self.num_workers = slots_of(infos[0]), len(infos)
+        if infos[0].is_partial:
+            whole: TeacherInfo = self.ask("describe_whole")
+            return whole
         return infos[0]
 
     def calibrate(self, job: Job, tasks: Sequence[Task]) -> Iterator[tuple[int, Moments]]:

@@ -23,7 +23,9 @@ from pipeline.worker import Job, TaskResult, TeacherInfo
 from tests.pipeline.test_quarantine import make_task
 from tests.stores import small_spec
 
-INFO = TeacherInfo(spec=small_spec(), attn_implementation="sdpa", max_positions=512, num_embeddings=300, device="cpu")
+INFO = TeacherInfo(
+    spec=small_spec(), is_partial=False, attn_implementation="sdpa", max_positions=512, num_embeddings=300, device="cpu"
+)
 Behave = Callable[[str, Task, int], None]
 """Told method, task and worker; raises what that worker raises."""
 
@@ -43,6 +45,7 @@ class ScriptedPool:
         self._names = itertools.count()
         self._num_workers = num_workers
         self._ended: set[int] = set()
+        self.info = INFO
         self.calls: list[Call] = []
         self.pending: list[Call] = []
         self.most_at_once: Counter[int] = Counter()
@@ -74,6 +77,8 @@ class ScriptedPool:
             self.pending.remove(handle)
         if handle.method == "load":
             self._behave("load", make_task(0), handle.worker)
+            return self.info
+        if handle.method == "describe_whole":
             return INFO
         if handle.task is None:
             return handle.method
@@ -158,6 +163,16 @@ def tasks_with(bad_shard: int, num_tasks: int = 6, num_samples: int = 5) -> list
     samples[3] = dataclasses.replace(samples[3], row=dataclasses.replace(samples[3].row, source="bad"))
     tasks[bad_shard] = dataclasses.replace(tasks[bad_shard], samples=tuple(samples))
     return tasks
+
+
+def test_one_worker_is_asked_for_the_whole_teacher_where_all_have_loaded_a_part(job: Job) -> None:
+    pool = ScriptedPool(3)
+    assert ScheduledExecutor(pool).describe() == INFO
+    assert {call.method for call in pool.calls} == {"load"}
+    pool = ScriptedPool(3)
+    pool.info = dataclasses.replace(INFO, is_partial=True)
+    assert ScheduledExecutor(pool).describe() == INFO
+    assert [call.worker for call in pool.calls if call.method == "describe_whole"] == [0]
 
 
 def test_every_task_is_done_once_and_two_at_a_time_by_each_worker(job: Job) -> None:
