@@ -87,7 +87,9 @@ def assert_close(got: Tensor, expected: Tensor, bound: float) -> None:
     assert error <= bound, error
 
 
-def prove(model_type: str, model: Any, spec: KVSpec) -> None:
+def prove(
+    model_type: str, model: Any, spec: KVSpec, rounding: float = FLOAT32_ROUNDING, table_rounding: float = TABLE_ROUNDING
+) -> None:
     """Compare what the tap captures of every layer, in both domains, with the references."""
     ids = token_ids(model_type)
     post_rope = KVSpec.from_json({**spec.to_json(), "key_domain": "post_rope"})
@@ -117,8 +119,8 @@ def prove(model_type: str, model: Any, spec: KVSpec) -> None:
                 assert torch.equal(got_before, reference[kind])
                 continue
             truth = before_rotation(own.keys if kind == "key" else own.values, calls, norm_of.get(layer.layer))[:, ::repeats]
-            assert_close(got_before, truth, FLOAT32_ROUNDING)
-            assert_close(rotate(got_before, torch.arange(ids.shape[1]), rope), reference[kind], TABLE_ROUNDING)
+            assert_close(got_before, truth, rounding)
+            assert_close(rotate(got_before, torch.arange(ids.shape[1]), rope), reference[kind], table_rounding)
             assert not torch.equal(got_before, reference[kind]), "rotation matters here"
 
 
