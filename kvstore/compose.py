@@ -18,6 +18,7 @@ from typing import Any
 from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.commits import Commit, SampleRow, committed_shards, read_commit
+from kvstore.create import create_store
 from kvstore.drop import BEFORE, dropped_fingerprint, read_quarantined, write_dropped
 from kvstore.errors import CorruptShardError, KVStoreError, StoreNotFoundError
 from kvstore.layout import fill_shards, plan_layout
@@ -27,7 +28,7 @@ from kvstore.reader import CodeBatch, Store
 from kvstore.records import bytes_sha256, plain
 from kvstore.samples import compact
 from kvstore.storage import Storage
-from kvstore.writer import ShardWriter, create_store
+from kvstore.writer import ShardWriter
 
 Progress = Callable[[int, int], object]
 """Told the tokens done and the tokens in all."""

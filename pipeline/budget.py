@@ -21,8 +21,8 @@ from kvstore.layout import Layout
 from kvstore.manifest import Group, Manifest
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage
-from pipeline.plan import Task
-from pipeline.windows import Window
+from pipeline.data.windows import Window
+from pipeline.tasks import Task
 
 _CHUNK_EXTRA = 128
 """Most that a compressor and a checksum add to a chunk, beside a 256th of it (zstd's ZSTD_compressBound)."""

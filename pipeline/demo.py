@@ -186,9 +186,9 @@ def _held_out_rows(corpus: Path, tokenizer: Any, recipe: dict[str, Any]) -> set[
     """Rows of the corpus that training from the store will hold out: the split is a function of the samples alone."""
     import numpy as np
 
-    from pipeline.documents import read_documents
-    from pipeline.samples import Cutter
-    from pipeline.windows import Limits, Windows
+    from pipeline.data.documents import read_documents
+    from pipeline.data.samples import Cutter
+    from pipeline.data.windows import Limits, Windows
     from training.config import TrainConfig
     from training.sampler import split_held_out
 

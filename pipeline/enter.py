@@ -19,20 +19,20 @@ from kvstore import Store, StoreNotFoundError
 from kvstore.arrays import read_calibration
 from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, Codec, format_codecs
+from kvstore.create import create_store
 from kvstore.drop import name_dropped
 from kvstore.gate import read_gate, write_gate
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage, locate
-from kvstore.writer import create_store
 from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
+from pipeline.data.windows import Window
 from pipeline.executors import Executor
 from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record
 from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, RunParts, first_part, run_of, token_arrays
-from pipeline.windows import Window
 from pipeline.worker import Job, Moments, TeacherInfo, merge_moments
 
 Say = Callable[[str], None]

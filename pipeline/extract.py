@@ -26,9 +26,11 @@ from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.storage import Folder, Storage, locate
 from pipeline.align import Alignment, default_student_layers
 from pipeline.budget import ByteBudget, refuse_small_budget
-from pipeline.chat import template_fingerprint
 from pipeline.config import ExtractConfig
-from pipeline.documents import Document, read_documents, shuffled, subsampled
+from pipeline.data.chat import template_fingerprint
+from pipeline.data.documents import Document, read_documents, shuffled, subsampled
+from pipeline.data.samples import Cutter
+from pipeline.data.windows import Limits, Windows
 from pipeline.enter import Run, Say, Signal, enter, gate_after
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
 from pipeline.flow import PURPOSE, TaskFlow, share_size
@@ -37,13 +39,11 @@ from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
+from pipeline.monitor.progress import Progress
 from pipeline.parts import Part, RunParts
-from pipeline.plan import estimate_bytes, refuse_tokens
 from pipeline.preflight import existing_folder, refuse_device, refuse_out
-from pipeline.progress import Progress
-from pipeline.samples import Cutter
 from pipeline.stop import NEVER, Stop
-from pipeline.windows import Limits, Windows
+from pipeline.tasks import estimate_bytes, refuse_tokens
 from pipeline.worker import Job, TaskResult, TeacherInfo, TeacherSource
 
 

@@ -92,8 +92,8 @@ def plan(
     """
     chosen = extract_config(config, settings, flags)
     from pipeline.executors import ExecutorError
-    from pipeline.plan_view import show_estimate
-    from pipeline.planner import plan_extraction
+    from pipeline.planning.planner import plan_extraction
+    from pipeline.planning.view import show_estimate
 
     try:
         estimate = plan_extraction(chosen, say, trial_s=trial_s, student_tokens_per_s=student_tokens_per_s)
@@ -130,8 +130,8 @@ def status(store: str, watch: bool, every: float, as_json: bool) -> None:
     kvpipe status my-store --watch
     while ! kvpipe status my-store > /dev/null; do kvpipe extract --teacher qwen2-7b --out my-store; done
     """
-    from pipeline.status import StatusReader
-    from pipeline.status_view import show_status
+    from pipeline.monitor.status import StatusReader
+    from pipeline.monitor.status_view import show_status
 
     reader = StatusReader(store)
     with show_status(as_json=as_json, live=watch) as show:

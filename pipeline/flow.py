@@ -19,10 +19,10 @@ from kvstore.commits import committed_shards
 from kvstore.lease import LAYOUT, lease
 from kvstore.samples import compact
 from pipeline.config import ExtractConfig
+from pipeline.data.windows import Window, Windows
 from pipeline.enter import Run
 from pipeline.parts import Part, RunParts
-from pipeline.plan import Task, refuse_tokens, task_range
-from pipeline.windows import Window, Windows
+from pipeline.tasks import Task, refuse_tokens, task_range
 
 Item = TypeVar("Item")
 PURPOSE = "kvpipe extract"

@@ -13,16 +13,16 @@ from typing import Any
 
 from kvstore import FingerprintMismatchError, Store
 from kvstore.arrays import TOKEN_ARRAYS
+from kvstore.create import extend_store
 from kvstore.drop import dropped_shards
 from kvstore.layout import Layout, plan_layout
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
 from kvstore.records import plain
 from kvstore.samples import read_part_repeats, write_repeats
 from kvstore.storage import Storage
-from kvstore.writer import extend_store
-from pipeline.plan import Task, data_record, plan_tasks
-from pipeline.samples import Sample
-from pipeline.windows import Consumed, IdSet, Window
+from pipeline.data.samples import Sample
+from pipeline.data.windows import Consumed, IdSet, Window
+from pipeline.tasks import Task, data_record, plan_tasks
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

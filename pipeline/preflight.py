@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from kvstore.create import refuse_strangers
 from kvstore.errors import StoreWriteError
 from kvstore.manifest import MANIFEST
 from kvstore.storage import Folder, Storage
-from kvstore.writer import refuse_strangers
 from pipeline.config import ExtractConfig
 
 

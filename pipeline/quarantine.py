@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Generator, Sequence
 
-from pipeline.plan import Task, TaskSample
+from pipeline.tasks import Task, TaskSample
 
 MOST_SHARE = 0.1
 """Of the samples computed so far at most this share may be bad: with more it is not the samples."""

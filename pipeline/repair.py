@@ -28,7 +28,7 @@ from pipeline.extract import batch_tokens_of, extract, make_executor
 from pipeline.identity import signal_record
 from pipeline.models.load import load_tokenizer
 from pipeline.models.resolve import resolve_model
-from pipeline.plan import Task, TaskSample
+from pipeline.tasks import Task, TaskSample
 from pipeline.worker import Job
 
 Say = Callable[[str], None]

@@ -22,7 +22,7 @@ from pipeline.align import Alignment
 from pipeline.models.capture import capture_kv
 from pipeline.models.partial import is_partial, leave_out_above
 from pipeline.models.probe import length_dependent_rope, probe_causal, probe_kv_spec
-from pipeline.plan import CPU_BATCH_TOKENS, TaskSample, fit_batch_tokens, padded_length, plan_batches
+from pipeline.tasks import CPU_BATCH_TOKENS, TaskSample, fit_batch_tokens, padded_length, plan_batches
 
 
 class SampleTooLargeError(ValueError):

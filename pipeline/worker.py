@@ -31,8 +31,8 @@ from pipeline.align import Alignment
 from pipeline.feed import Feed, StoreCodec, as_numpy
 from pipeline.gate import GateResult, codec_round_trip, run_gate, run_stored_gate, self_calibrated, stored_calibration
 from pipeline.models.load import load_causal_lm
-from pipeline.plan import Task
 from pipeline.quarantine import BadSample
+from pipeline.tasks import Task
 from pipeline.teacher import Batch, OnLayer, Teacher
 
 KEPT_BYTES = 256 * 2**20

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kvstore", "pipeline", "training")
 COMMANDS = {
-    *("pipeline/cli.py", "pipeline/options.py", "pipeline/terminal.py", "pipeline/status_view.py"),
+    *("pipeline/cli.py", "pipeline/options.py", "pipeline/terminal.py", "pipeline/monitor/status_view.py"),
     *("pipeline/extract_commands.py", "pipeline/store_commands.py"),
 }
 TOP = {"pipeline/cli.py", "pipeline/store_commands.py", "pipeline/demo.py"}
@@ -29,9 +29,9 @@ ONLY_IN = {
     "ray": {"pipeline/executors"},
     "zarr": {"kvstore"},
     "tensorstore": {"kvstore"},
-    "datasets": {"pipeline/documents.py"},
+    "datasets": {"pipeline/data/documents.py"},
     "click": COMMANDS,
-    "matplotlib": {"training/report.py", "pipeline/progress_plot.py"},
+    "matplotlib": {"training/report.py", "pipeline/monitor/plot.py"},
 }
 """Libraries that only these files or rooms know."""
 

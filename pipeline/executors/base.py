@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pipeline.plan import Task
+from pipeline.tasks import Task
 from pipeline.worker import Job, Moments, TaskResult, TeacherInfo
 
 OnBadSample = Literal["fail", "quarantine"]
@@ -21,8 +21,8 @@ class ExecutorError(RuntimeError):
     """Workers cannot be started, or keep being lost: the message says which task and what to look at."""
 
 
-class WorkerLost(Exception):  # noqa: N818  # an event more than an error: the work is done elsewhere
-    """A worker ended before its work was done."""
+class WorkerLostError(Exception):
+    """A worker ended before its work was done, which is then done elsewhere."""
 
     def __init__(self, kind: Loss, message: str) -> None:
         """
@@ -76,7 +76,7 @@ class Pool(Protocol):
     def workers(self) -> list[tuple[Worker, Handle]]:
         """Start all workers; the handle of each is done when its teacher is loaded, with its `TeacherInfo`."""
 
-    def start(self, worker: Worker, method: str, *arguments: Any) -> Handle:
+    def start(self, worker: Worker, method: str, /, *arguments: Any) -> Handle:
         """Have a worker do something, beside what it is doing."""
 
     def wait(self, handles: Collection[Handle], timeout_s: float) -> list[Handle]:
@@ -86,7 +86,7 @@ class Pool(Protocol):
         """What came of it; a worker's own exception comes out as itself.
 
         Raises:
-            WorkerLost: the worker is gone, and the work not done.
+            WorkerLostError: the worker is gone, and the work not done.
         """
 
     def replace(self, worker: Worker) -> tuple[Worker, Handle] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from pipeline.executors.base import ExecutorError, Handle, Pool, Say, Worker, WorkerLost
+from pipeline.executors.base import ExecutorError, Handle, Pool, Say, Worker, WorkerLostError
 from pipeline.worker import TeacherInfo
 
 READY_TIMEOUT_S = 1800.0
@@ -111,7 +111,7 @@ class Crew:
         worker = self.starting.pop(handle)
         try:
             info: TeacherInfo = self.pool.result(handle)
-        except WorkerLost as loss:
+        except WorkerLostError as loss:
             self.lose(worker, loss, "loading the teacher")
             return []
         except Exception as error:
@@ -123,7 +123,7 @@ class Crew:
         self.ready.append(worker)
         return [info]
 
-    def lose(self, worker: Worker, loss: WorkerLost, doing: str, *, expected: bool = False) -> None:
+    def lose(self, worker: Worker, loss: WorkerLostError, doing: str, *, expected: bool = False) -> None:
         """Replace a worker, unless too many were lost with nothing done in between.
 
         Args:

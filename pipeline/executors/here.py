@@ -45,7 +45,7 @@ class _Threads:
         loaded.set_result(self._worker.describe())
         return [(0, loaded)]
 
-    def start(self, worker: int, method: str, *arguments: Any) -> Future[Any]:  # noqa: ARG002  # there is one
+    def start(self, _worker: int, method: str, /, *arguments: Any) -> Future[Any]:
         return self._threads.submit(getattr(self._worker, method), *arguments)
 
     def wait(self, handles: Collection[Future[Any]], timeout_s: float) -> list[Future[Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from kvstore.storage import Storage
-from pipeline.executors.base import Loss, OnBadSample, Say, WorkerLost
+from pipeline.executors.base import Loss, OnBadSample, Say, WorkerLostError
 from pipeline.executors.cluster import Cluster
 from pipeline.executors.crew import READY_TIMEOUT_S
 from pipeline.executors.placement import place
@@ -129,7 +129,7 @@ class _Actors:
         except UnserializableException as error:
             raise RuntimeError(str(error).strip().splitlines()[-1]) from error
         except RayError as error:
-            raise WorkerLost(self._kind(error), str(error).strip().splitlines()[0]) from error
+            raise WorkerLostError(self._kind(error), str(error).strip().splitlines()[0]) from error
         if is_load:
             info, node = answer
             self._nodes.append(node)

@@ -14,11 +14,11 @@ from typing import Any
 from kvstore import CodecError, KVStoreError
 from kvstore.drop import quarantine_samples
 from kvstore.storage import locate
-from pipeline.executors.base import ExecutorError, Handle, OnBadSample, Pool, Say, Worker, WorkerLost
+from pipeline.executors.base import ExecutorError, Handle, OnBadSample, Pool, Say, Worker, WorkerLostError
 from pipeline.executors.crew import KEPT, LOOK_AT, READY_TIMEOUT_S, Crew, one_line
-from pipeline.plan import Task, TaskSample
 from pipeline.quarantine import BadSample, BadSampleError, Search, allowance, bad_samples, refusal, search, without
 from pipeline.stop import NEVER, Interrupted, Stop
+from pipeline.tasks import Task, TaskSample
 from pipeline.worker import Job, Moments, TaskResult, TeacherInfo
 
 _ECHO_S = 0.5
@@ -112,7 +112,7 @@ class ScheduledExecutor:
                 while not self.crew.wait([handle]):
                     pass
                 answer = self.crew.pool.result(handle)
-            except WorkerLost as loss:
+            except WorkerLostError as loss:
                 self.crew.lose(worker, loss, question)
             else:
                 self.crew.succeeded()
@@ -234,11 +234,11 @@ class _Round:
         worker, item = self._running[handle]
         try:
             result = self._pool.result(handle)
-        except WorkerLost as loss:
+        except WorkerLostError as loss:
             self._lost(worker, loss)
         except Exception as error:
             if _breaks_its_process(error):
-                self._lost(worker, WorkerLost("crash", one_line(error)))
+                self._lost(worker, WorkerLostError("crash", one_line(error)))
                 return
             del self._running[handle]
             if _is_about_the_store(error):
@@ -254,7 +254,7 @@ class _Round:
                 self._of.num_computed += len(item.task.samples) if self._method == "run" else 0
                 yield worker, item, result
 
-    def _lost(self, worker: Worker, loss: WorkerLost) -> None:
+    def _lost(self, worker: Worker, loss: WorkerLostError) -> None:
         """Do elsewhere what a lost worker had in hand and what it was to do."""
         time.sleep(_ECHO_S)
         items = self._items_of(worker)
@@ -279,7 +279,7 @@ class _Round:
             else:
                 self._search(item, loss)
 
-    def _lost_innocently(self, item: _Item, loss: WorkerLost) -> None:
+    def _lost_innocently(self, item: _Item, loss: WorkerLostError) -> None:
         """Queue again what a machine's memory or network ended: no sample is judged by that."""
         item.losses += 1
         if item.losses >= _MAX_LOSSES:

@@ -26,7 +26,7 @@ from kvstore import open_store
 from pipeline.config import ExtractConfig
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
-from pipeline.plan import padded_length, plan_batches
+from pipeline.tasks import padded_length, plan_batches
 from tests.checkpoints import byte_tokenizer, randomised, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -270,11 +270,15 @@ def test_two_workers_do_more_than_one(tmp_path: Path, benchmark: Any) -> None:
     assert ratio >= 1.6
 
 
+@pytest.fixture(scope="module")
+def seven_b(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(SEVEN_B, tmp_path_factory.mktemp("seven-b"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_layers", [28, 7])
-def test_a_gpu_stays_busy(num_layers: int, tmp_path_factory: pytest.TempPathFactory, benchmark: Any) -> None:
-    bench = _seven_b(tmp_path_factory)
-    layers = f"0-{num_layers - 1}"
+def test_a_gpu_stays_busy(num_layers: int, seven_b: Bench, benchmark: Any) -> None:
+    bench, layers = seven_b, f"0-{num_layers - 1}"
     torch.cuda.reset_peak_memory_stats()
     summaries: list[ExtractSummary] = []
 
@@ -292,12 +296,3 @@ def test_a_gpu_stays_busy(num_layers: int, tmp_path_factory: pytest.TempPathFact
     )
     assert open_store(summaries[-1].out).spec.layer_numbers == tuple(range(num_layers))
     assert ratio >= 0.90
-
-
-_made: list[Bench] = []
-
-
-def _seven_b(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    if not _made:
-        _made.append(Bench(SEVEN_B, tmp_path_factory.mktemp("seven-b")))
-    return _made[0]

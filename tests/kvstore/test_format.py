@@ -35,6 +35,7 @@ from kvstore import (
 )
 from kvstore.codec import CODECS
 from kvstore.commits import sample_id
+from kvstore.create import extend_store
 from kvstore.describe import describe
 from kvstore.drop import drop_samples
 from kvstore.gate import read_gate, write_gate
@@ -43,8 +44,7 @@ from kvstore.records import canonical_json
 from kvstore.rewrite import merge_stores, recode_store
 from kvstore.samples import compact, write_repeats
 from kvstore.storage import locate
-from kvstore.writer import extend_store
-from pipeline.progress import Progress
+from pipeline.monitor.progress import Progress
 from pipeline.worker import TaskResult
 from tests.stores import Source, begin_store, random_source, small_spec, write_shard, write_store
 

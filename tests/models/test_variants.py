@@ -13,7 +13,7 @@ from kvstore.commits import SampleRow
 from kvstore.spec import KVSpec
 from pipeline.models.capture import KVTap, capture_kv
 from pipeline.models.probe import probe_kv_spec
-from pipeline.plan import TaskSample
+from pipeline.tasks import TaskSample
 from pipeline.teacher import Batch, Teacher
 from tests.models.architectures import measured
 from tests.models.test_architectures import prove

@@ -15,9 +15,9 @@ from kvstore.samples import compact, write_repeats
 from kvstore.storage import locate
 from pipeline.budget import END_BYTES, ByteBudget, refuse_small_budget, store_bytes, task_bytes, window_bytes
 from pipeline.config import ExtractConfig
-from pipeline.plan import Task, TaskSample, data_record
-from pipeline.samples import Sample
-from pipeline.windows import Consumed, Window
+from pipeline.data.samples import Sample
+from pipeline.data.windows import Consumed, Window
+from pipeline.tasks import Task, TaskSample, data_record
 from tests.checkpoints import byte_tokenizer
 from tests.stores import Source, begin_store, small_spec, write_shard
 

@@ -28,9 +28,9 @@ from pipeline.executors import ExecutorError, RayExecutor
 from pipeline.executors.on_ray import RayWorker
 from pipeline.extract import extract
 from pipeline.models.resolve import resolve_model
+from pipeline.monitor.status import StatusReader
 from pipeline.node import NodeError, NodeInfo, inspect_node, nonce_in, refuse_different
 from pipeline.quarantine import BadSampleError
-from pipeline.status import StatusReader
 from pipeline.worker import TeacherSource
 from tests.checkpoints import VOCAB_SIZE, byte_tokenizer, save_checkpoint
 from tests.pipeline.test_extract import by_id

@@ -27,7 +27,7 @@ from pipeline.config import ExtractConfig
 from pipeline.executors import ExecutorError, RayExecutor
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
-from pipeline.plan import padded_length, plan_batches
+from pipeline.tasks import padded_length, plan_batches
 from pipeline.worker import TeacherSource
 from tests import processes
 from tests.checkpoints import save_checkpoint

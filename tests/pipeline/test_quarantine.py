@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.commits import SampleRow
-from pipeline.plan import Task, TaskSample
 from pipeline.quarantine import bad_samples, refusal, search, without
+from pipeline.tasks import Task, TaskSample
 
 
 def make_task(num_samples: int, shard: int = 0) -> Task:

@@ -14,11 +14,11 @@ import pytest
 
 from kvstore import CodecError, StoreWriteError
 from pipeline.executors import Executor, ExecutorError, crew, schedule
-from pipeline.executors.base import Loss, Pool, WorkerLost
+from pipeline.executors.base import Loss, Pool, WorkerLostError
 from pipeline.executors.schedule import ScheduledExecutor
-from pipeline.plan import Task
 from pipeline.quarantine import BadSampleError
 from pipeline.stop import Stop
+from pipeline.tasks import Task
 from pipeline.worker import Job, TaskResult, TeacherInfo
 from tests.pipeline.test_quarantine import make_task
 from tests.stores import small_spec
@@ -72,7 +72,7 @@ class ScriptedPool:
 
     def result(self, handle: Call) -> Any:
         if handle.worker in self._ended:
-            raise WorkerLost("crash", "gone")
+            raise WorkerLostError("crash", "gone")
         if handle in self.pending:
             self.pending.remove(handle)
         if handle.method == "load":
@@ -84,7 +84,7 @@ class ScriptedPool:
             return handle.method
         try:
             self._behave(handle.method, handle.task, handle.worker)
-        except WorkerLost:
+        except WorkerLostError:
             self._ended.add(handle.worker)
             raise
         return result_of(handle.task)
@@ -143,7 +143,7 @@ def contains(task: Task, bad: str) -> bool:
 def lose_with(bad: str, kind: Loss = "crash") -> Behave:
     def behave(method: str, task: Task, worker: int) -> None:
         if contains(task, bad):
-            raise WorkerLost(kind, "end of file")
+            raise WorkerLostError(kind, "end of file")
 
     return behave
 
@@ -217,7 +217,7 @@ def test_what_a_dead_worker_calibrated_is_done_by_another(job: Job) -> None:
     def behave(method: str, task: Task, worker: int) -> None:
         if method == "run" and not died:
             died.append(worker)
-            raise WorkerLost("crash", "killed")
+            raise WorkerLostError("crash", "killed")
 
     pool = ScriptedPool(2, behave)
     executor = executor_on(pool)
@@ -303,7 +303,7 @@ def test_a_kill_from_outside_is_nobodys_fault(job: Job) -> None:
 
     def behave(method: str, task: Task, worker: int) -> None:
         if method == "run" and task.shard % 3 == 0 and next(kills):
-            raise WorkerLost("crash", "killed")
+            raise WorkerLostError("crash", "killed")
 
     results = list(executor_on(ScriptedPool(2, behave)).run(job, [make_task(3, shard) for shard in range(12)]))
     assert sorted(result.shard for result in results) == list(range(12))
@@ -322,7 +322,7 @@ def test_losses_by_memory_or_network_end_the_run_and_never_blame_a_sample(kind: 
 def test_losses_in_a_row_with_nothing_done_in_between_end_the_run(job: Job) -> None:
     def behave(method: str, task: Task, worker: int) -> None:
         if method != "load":
-            raise WorkerLost("node", "socket closed")
+            raise WorkerLostError("node", "socket closed")
 
     pool = ScriptedPool(2, behave)
     with pytest.raises(ExecutorError, match="losses in a row with nothing done in between"):
@@ -331,7 +331,7 @@ def test_losses_in_a_row_with_nothing_done_in_between_end_the_run(job: Job) -> N
 
 def test_workers_that_die_while_they_load_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def behave(method: str, task: Task, worker: int) -> None:
-        raise WorkerLost("memory", "killed")
+        raise WorkerLostError("memory", "killed")
 
     monkeypatch.setattr(crew, "_MOST_WAIT_S", 0.0)
     with pytest.raises(ExecutorError, match=r"loading the teacher: a worker was lost.*5 losses in a row"):
@@ -345,7 +345,7 @@ def test_a_replacement_that_cannot_load_is_done_without(job: Job) -> None:
         if method == "load" and worker >= 2:
             raise OSError("no such folder")
         if method == "run" and worker == 0:
-            raise WorkerLost("node", "gone")
+            raise WorkerLostError("node", "gone")
 
     executor = executor_on(ScriptedPool(2, behave), say=told.append)
     assert len(list(executor.run(job, [make_task(1, shard) for shard in range(9)]))) == 9
@@ -413,7 +413,7 @@ def test_workers_lost_after_a_stop_are_not_missed(job: Job) -> None:
 
     def behave(method: str, task: Task, worker: int) -> None:
         if stop.requested and method == "run":
-            raise WorkerLost("crash", "SIGTERM")
+            raise WorkerLostError("crash", "SIGTERM")
 
     pool = ScriptedPool(2, behave)
     done = []
@@ -442,7 +442,7 @@ def test_a_question_is_asked_again_when_its_worker_is_lost(job: Job) -> None:
     class Flaky(ScriptedPool):
         def result(self, handle: Call) -> Any:
             if handle.method == "gate" and handle.worker == 0:
-                raise WorkerLost("crash", "killed")
+                raise WorkerLostError("crash", "killed")
             return super().result(handle)
 
     assert executor_on(Flaky(1)).ask("gate") == "gate"

@@ -22,18 +22,18 @@ from kvstore.drop import drop_samples
 from kvstore.rewrite import merge_stores
 from kvstore.storage import locate
 from kvstore.verify import verify_store
-from pipeline import samples
 from pipeline.budget import END_BYTES, store_bytes
-from pipeline.chat import ROLES
 from pipeline.config import ExtractConfig
+from pipeline.data import samples
+from pipeline.data.chat import ROLES
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
+from pipeline.monitor.run_log import LogReader
+from pipeline.monitor.status import StatusReader
 from pipeline.repair import repair_store
-from pipeline.run_log import LogReader
-from pipeline.status import StatusReader
 from tests.checkpoints import byte_tokenizer, save_checkpoint
+from tests.data.test_chat import CHATML, SPECIAL
 from tests.kvstore.test_rewrite import codes_by_id
-from tests.pipeline.test_chat import CHATML, SPECIAL
 from tests.pipeline.test_growth import counts, settings_of, start, state
 
 WINDOW = 500

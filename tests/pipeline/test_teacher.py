@@ -22,8 +22,8 @@ from pipeline.executors import RayExecutor
 from pipeline.extract import extract
 from pipeline.models.load import load_causal_lm
 from pipeline.models.resolve import resolve_model
-from pipeline.plan import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS, TaskSample, fit_batch_tokens
 from pipeline.repair import repair_store
+from pipeline.tasks import CPU_BATCH_TOKENS, MAX_BATCH_TOKENS, TaskSample, fit_batch_tokens
 from pipeline.teacher import Batch, SampleTooLargeError, Teacher
 from pipeline.worker import TeacherInfo, Worker
 from tests.checkpoints import save_checkpoint

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from pipeline.documents import Message
+from pipeline.data.documents import Message
 
 ROLES = ("none", "system", "user", "assistant", "tool")
 """By the number a store holds in `role`; `none` is text of the template itself, and any role without a number."""

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.documents import Document
-from pipeline.samples import Cutter
-from pipeline.windows import Consumed, IdSet, Limits, Window, Windows
+from pipeline.data.documents import Document
+from pipeline.data.samples import Cutter
+from pipeline.data.windows import Consumed, IdSet, Limits, Window, Windows
 from tests.checkpoints import byte_tokenizer
 
 CUTTER = Cutter(tokenizer=byte_tokenizer(), seq_len=16)

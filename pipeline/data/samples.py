@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from kvstore.commits import sample_id
-from pipeline.chat import render
-from pipeline.documents import Document
+from pipeline.data.chat import render
+from pipeline.data.documents import Document
 
 _TOKENIZE_AT_ONCE = 64
 MIN_SAMPLE_TOKENS = 2

@@ -15,7 +15,7 @@ from kvstore.layout import Layout, fill_shards, plan_chunk_tokens, plan_shard_to
 from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align import default_student_layers
-from pipeline.progress_plot import LEAST_S
+from pipeline.monitor.plot import LEAST_S
 
 _LOG_LINE_BYTES, _LOGGED_SHARD_BYTES, PLOT_BYTES, _GATE_BYTES = 460, 24, 70_000, 1_200
 

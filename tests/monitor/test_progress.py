@@ -17,11 +17,11 @@ import pytest
 from kvstore import open_store
 from kvstore.storage import locate
 from kvstore.verify import verify_store
-from pipeline.meter import Meter
-from pipeline.progress import Progress
-from pipeline.progress_plot import plot_readings
-from pipeline.reading import Reading, duration, sentence, short
-from pipeline.run_log import LogReader, RunLog
+from pipeline.monitor.meter import Meter
+from pipeline.monitor.plot import plot_readings
+from pipeline.monitor.progress import Progress
+from pipeline.monitor.reading import Reading, duration, sentence, short
+from pipeline.monitor.run_log import LogReader, RunLog
 from pipeline.worker import TaskResult
 from tests.stores import random_source, small_spec, write_store
 

@@ -23,13 +23,13 @@ from kvstore.layout import fill_shards, plan_layout
 from kvstore.spec import parse_layers
 from pipeline.cli import cli
 from pipeline.config import ExtractConfig
-from pipeline.data_size import measure_data, text_bytes
-from pipeline.estimate import PLOT_BYTES, Estimate, Records, Room, Rung, alternatives, scaled_layout, tokens_that_fit
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.presets import teacher_preset_names
 from pipeline.models.resolve import ModelLoadError, resolve_model
-from pipeline.plan_view import show_estimate
-from pipeline.planner import plan_extraction
+from pipeline.planning.data_size import measure_data, text_bytes
+from pipeline.planning.estimate import PLOT_BYTES, Estimate, Records, Room, Rung, alternatives, scaled_layout, tokens_that_fit
+from pipeline.planning.planner import plan_extraction
+from pipeline.planning.view import show_estimate
 from tests.checkpoints import byte_tokenizer, save_checkpoint
 
 STDLIB = Path(json.__file__).parent
@@ -280,7 +280,7 @@ KINDS_OF_FILES = [
 
 @pytest.mark.parametrize("write", KINDS_OF_FILES)
 def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data_size._HEAD_BYTES", 120_000)
+    monkeypatch.setattr("pipeline.planning.data_size._HEAD_BYTES", 120_000)
     rows = [text for text in dict.fromkeys(texts(900_000)) if text.strip()]
     data = write(tmp_path, rows)
     expected = sum(len(text.encode()) for text in rows)  # one token for each byte

@@ -25,16 +25,17 @@ from kvstore.arrays import array_key, array_keys, index_bytes, shard_key
 from kvstore.calibration import Calibration, calibration_fingerprint, fit_groups
 from kvstore.codec import CODECS, KINDS, Codec, format_codecs, parse_codecs
 from kvstore.commits import Commit, read_commit
+from kvstore.create import create_store
 from kvstore.layout import Layout
 from kvstore.manifest import Manifest, plan_groups
 from kvstore.storage import Folder, Storage, locate
-from kvstore.writer import ShardWriter, create_store
+from kvstore.writer import ShardWriter
 from pipeline.config import ExtractConfig
+from pipeline.data.samples import Sample
 from pipeline.enter import Run, Signal
 from pipeline.executors import Executor
 from pipeline.parts import token_arrays
-from pipeline.plan import Task, padded_length, plan_batches, plan_tasks
-from pipeline.samples import Sample
+from pipeline.tasks import Task, padded_length, plan_batches, plan_tasks
 from pipeline.worker import Moments, merge_moments
 
 _SIZE_TOKENS, _SIZE_VALUES = 16_384, 96 * 10**6

@@ -14,11 +14,11 @@ from types import TracebackType
 import tqdm
 
 from kvstore.storage import Storage
-from pipeline.meter import Meter
-from pipeline.plan import Task
-from pipeline.progress_plot import LEAST_S, plot_readings
-from pipeline.reading import Reading, duration, sentence, short
-from pipeline.run_log import RunLog
+from pipeline.monitor.meter import Meter
+from pipeline.monitor.plot import LEAST_S, plot_readings
+from pipeline.monitor.reading import Reading, duration, sentence, short
+from pipeline.monitor.run_log import RunLog
+from pipeline.tasks import Task
 from pipeline.worker import TaskResult
 
 Say = Callable[[str], object]

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from pipeline.reading import STAGES, WAITING, WINDOW_S, Reading
+from pipeline.monitor.reading import STAGES, WAITING, WINDOW_S, Reading
 from pipeline.worker import TaskResult
 
 _RESULTS_PER_WORKER = 4  # in a window of fewer, what the workers have in hand would be missed too much

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from pipeline.documents import Document
-from pipeline.samples import Cutter, Sample
+from pipeline.data.documents import Document
+from pipeline.data.samples import Cutter, Sample
 
 ID_BYTES = 16
 """What of a sample's sha256 is kept in memory: equal by chance for one pair in 2^64 samples."""

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.chat import ROLES, render, template_fingerprint
-from pipeline.documents import Document, Message
-from pipeline.samples import Cutter
+from pipeline.data.chat import ROLES, render, template_fingerprint
+from pipeline.data.documents import Document, Message
+from pipeline.data.samples import Cutter
 from tests.checkpoints import byte_tokenizer
 
 CHATML = (

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline import documents as documents_room
-from pipeline.documents import Document, Message, read_documents, shuffled, subsampled
+from pipeline.data import documents as documents_room
+from pipeline.data.documents import Document, Message, read_documents, shuffled, subsampled
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["first text", "zweiter Text mit Ümlaut", "第三 🙂"]
@@ -185,7 +185,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = endpoint if endpoint != "silent" else f"http://127.0.0.1:{server.getsockname()[1]}"
         code = (
-            "import time; from pipeline.documents import read_documents; started = time.monotonic()\n"
+            "import time; from pipeline.data.documents import read_documents; started = time.monotonic()\n"
             "try: list(read_documents(['nobody/nothing']))\n"
             "except ValueError as error: print(time.monotonic() - started, error)"
         )

@@ -13,8 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.reading import duration, short, size, stage_name
-from pipeline.status import Status, Writer
+from pipeline.monitor.reading import duration, short, size, stage_name
+from pipeline.monitor.status import Status, Writer
 from pipeline.terminal import aligned
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import ExtractConfig
-from pipeline.documents import ROW_SUFFIXES, Document, read_documents, shuffled
-from pipeline.samples import Cutter, Sample
-from pipeline.windows import Limits, Window, Windows
+from pipeline.data.documents import ROW_SUFFIXES, Document, read_documents, shuffled
+from pipeline.data.samples import Cutter, Sample
+from pipeline.data.windows import Limits, Window, Windows
 
 MOST_S = 30.0
 """Read at most; the first window is what a store is laid out for."""

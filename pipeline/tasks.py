@@ -18,8 +18,8 @@ from kvstore.codec import Codec
 from kvstore.commits import SampleRow, token_crc32c
 from kvstore.layout import Layout, fill_shards
 from kvstore.spec import KVSpec
-from pipeline.samples import Sample
-from pipeline.windows import Window
+from pipeline.data.samples import Sample
+from pipeline.data.windows import Window
 
 PAD_MULTIPLE = 64
 """Samples are padded to a multiple of this: what a sample's numbers are depends on the padded length alone."""

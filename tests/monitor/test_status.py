@@ -24,8 +24,8 @@ from kvstore.lease import EVERYTHING, EXPIRY_S, LAYOUT, LEASES, lease
 from kvstore.samples import compact
 from kvstore.storage import Storage, locate
 from pipeline.cli import cli
-from pipeline.progress import Progress
-from pipeline.status import Status, StatusReader
+from pipeline.monitor.progress import Progress
+from pipeline.monitor.status import Status, StatusReader
 from pipeline.worker import TaskResult
 from tests.stores import Source, begin_store, random_source, small_spec, write_shard
 
@@ -175,8 +175,8 @@ def test_a_second_look_reads_nothing_again(filling: Filling, monkeypatch: pytest
         progress.add(filling.result(2))
     reader = StatusReader(str(filling.root))
     first = reader.read()
-    monkeypatch.setattr("pipeline.status.read_commit", lambda *_: pytest.fail("a commit record was read again"))
-    monkeypatch.setattr("pipeline.run_log.LogReader._lines", lambda *_: pytest.fail("a log was read again"))
+    monkeypatch.setattr("pipeline.monitor.status.read_commit", lambda *_: pytest.fail("a commit record was read again"))
+    monkeypatch.setattr("pipeline.monitor.run_log.LogReader._lines", lambda *_: pytest.fail("a log was read again"))
     assert dataclasses.replace(reader.read(), last_commit_s=first.last_commit_s) == first
 
 

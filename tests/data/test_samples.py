@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.commits import sample_id
-from pipeline.documents import Document
-from pipeline.samples import Cutter, Sample
+from pipeline.data.documents import Document
+from pipeline.data.samples import Cutter, Sample
 from tests.checkpoints import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from pipeline.reading import STAGES, Reading, stage_name
+from pipeline.monitor.reading import STAGES, Reading, stage_name
 
 LEAST_S = 10.0
 """A picture of a shorter run shows nothing."""

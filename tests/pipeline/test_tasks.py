@@ -11,8 +11,8 @@ from kvstore.codec import parse_codecs
 from kvstore.layout import MAX_SHARD_BYTES, Layout, plan_layout
 from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, LayerSpec
-from pipeline.plan import data_record, estimate_bytes, padded_length, plan_batches, plan_tasks
-from pipeline.samples import Sample
+from pipeline.data.samples import Sample
+from pipeline.tasks import data_record, estimate_bytes, padded_length, plan_batches, plan_tasks
 from tests.stores import small_spec
 
 QWEN2_7B = KVSpec(

@@ -19,8 +19,8 @@ from kvstore.lease import Holder, holders
 from kvstore.manifest import COMMITS, Manifest, read_manifest
 from kvstore.samples import listed_shards
 from kvstore.storage import Storage, locate
-from pipeline.reading import WINDOW_S, Reading
-from pipeline.run_log import LogReader
+from pipeline.monitor.reading import WINDOW_S, Reading
+from pipeline.monitor.run_log import LogReader
 
 State = Literal["starting", "running", "stopped", "complete"]
 Log = Sequence[Mapping[str, Any]]

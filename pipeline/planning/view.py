@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.estimate import Estimate
-from pipeline.reading import duration, short, size
+from pipeline.monitor.reading import duration, short, size
+from pipeline.planning.estimate import Estimate
 from pipeline.terminal import aligned
 
 

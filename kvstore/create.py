@@ -1,0 +1,106 @@
+"""Laying out an empty store, and making room in one for more shards: the manifest last, so that a crash changes nothing seen.
+
+Knows no codes and no samples; writing shards is `writer`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvstore.arrays import (
+    array_keys,
+    create_arrays,
+    metadata_fingerprint,
+    read_metadata,
+    resized,
+)
+from kvstore.calibration import Calibration
+from kvstore.errors import StoreFormatError
+from kvstore.gate import write_gate
+from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, PROGRESS, SAMPLES, TOKENIZER, Manifest, write_manifest
+from kvstore.records import bytes_sha256
+from kvstore.storage import STAGING, Storage
+
+_OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE, PROGRESS}
+_CREATING = f"{STAGING}/creating"
+_MOST_SHOWN = 5
+
+
+def refuse_strangers(storage: Storage) -> None:
+    """Make sure that a store may be created here: there is nothing, or what a creation leaves that died before its manifest.
+
+    Raises:
+        StoreFormatError: there is something that is not the beginning of a store.
+    """
+    # What such a creation leaves lies beside this file.
+    ours = _OWN_ENTRIES - {MANIFEST, COMMITS} if storage.size(_CREATING) is not None else {STAGING}
+    strangers: set[str] = set()
+    for entry in storage.entries(""):
+        strangers |= {entry.key.partition("/")[0]} - ours
+        if len(strangers) == _MOST_SHOWN:
+            break  # it may be somebody's home
+    if strangers:
+        raise StoreFormatError(
+            f"--out: {storage.location} is not empty and is not a store being created (it holds "
+            f"{', '.join(sorted(strangers))}); choose a new folder"
+        )
+
+
+def create_store(
+    storage: Storage,
+    manifest: Manifest,
+    calibration: Calibration,
+    tokenizer: Path | None = None,
+    gate: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Lay out an empty store: arrays and tokenizer first, the manifest last, so that a crash leaves no store at all.
+
+    Args:
+        manifest: fingerprints of what is laid out here are filled in.
+        tokenizer: folder of tokenizer files to keep in the store.
+        gate: result of the gate run that this codec passed.
+
+    Raises:
+        StoreFormatError: there is something that is not the beginning of a store.
+    """
+    refuse_strangers(storage)
+    storage.write(_CREATING, b"", replace=True)
+    for entry in [entry for folder in (ARRAYS, TOKENIZER, SAMPLES) for entry in storage.entries(folder)]:
+        storage.delete(entry.key)  # of a creation that died before its manifest
+    metadata: dict[str, str] = {}
+    with storage.scratch("create") as scratch:
+        create_arrays(scratch / ARRAYS, manifest, calibration)
+        for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            if file.name == "zarr.json":
+                document = json.loads(file.read_bytes())
+                metadata[file.relative_to(scratch / ARRAYS).as_posix()] = metadata_fingerprint(document)
+            storage.write(file.relative_to(scratch).as_posix(), file, replace=True)
+    kept: dict[str, str] = {}
+    for file in sorted(tokenizer.iterdir()) if tokenizer else ():
+        content = file.read_bytes()
+        kept[file.name] = bytes_sha256(content)
+        storage.write(f"{TOKENIZER}/{file.name}", content, replace=True)
+    if gate is not None:
+        write_gate(storage, "before", gate)
+    manifest = dataclasses.replace(manifest, metadata=metadata, tokenizer=kept)
+    write_manifest(storage, manifest)
+    storage.delete(_CREATING)
+    return manifest
+
+
+def extend_store(storage: Storage, manifest: Manifest) -> None:
+    """Make room for more shards: the arrays grow first, then the manifest says so; a crash in between changes nothing seen.
+
+    Args:
+        manifest: the store's own with a layout of more shards and one more part of data.
+    """
+    for array in array_keys(manifest):
+        key = f"{array}/zarr.json"
+        document = read_metadata(storage, manifest, key)
+        grown = json.dumps(resized(document, manifest.layout.num_tokens), indent=2)
+        storage.write(f"{ARRAYS}/{key}", grown.encode(), replace=True)
+    write_manifest(storage, manifest)

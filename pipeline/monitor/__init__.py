@@ -1,0 +1,1 @@
+"""How an extraction is doing: the live line, its log and its plot, and `kvpipe status`."""
