@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import shutil
 import sys
@@ -93,8 +94,11 @@ def extract(
         for problem in geometry_mismatch(resolved.preset, model_config):
             say(f"warning: {problem}")
     tokenizer = load_tokenizer(resolved.path)
-    longest = min(config.seq_len, model_config.get_text_config().max_position_embeddings)
-    windows = windows_of(config, tokenizer, longest)
+    limits = model_config.get_text_config()
+    longest = min(config.seq_len, limits.max_position_embeddings)
+    if longest < config.seq_len:
+        say(f"warning: samples are cut to {longest:,} tokens, all the positions {config.teacher} has, not {config.seq_len:,}")
+    windows = windows_of(config, tokenizer, longest, limits.vocab_size)
     with tqdm.tqdm(desc="tokenise", unit="tok", unit_scale=True, total=_tokens_expected(config)) as bar:
         first = windows.next(bar.update)
     run = Run(
@@ -117,8 +121,9 @@ def extract(
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
 
 
-def windows_of(config: ExtractConfig, tokenizer: Any, longest: int) -> Windows:
+def windows_of(config: ExtractConfig, tokenizer: Any, longest: int, vocab_size: int) -> Windows:
     """The data, to be read as far as is asked for."""
+    cut = functools.partial(Cutter, tokenizer=tokenizer, seq_len=longest, vocab_size=vocab_size)
 
     def read() -> Iterator[Document]:
         return read_documents(config.data, config.text_field, config.split)
@@ -126,8 +131,7 @@ def windows_of(config: ExtractConfig, tokenizer: Any, longest: int) -> Windows:
     def bytes_wanted(documents: Sequence[Document]) -> float:
         assert config.sample_tokens is not None
         size = sum(len(document.content()) for document in documents)
-        cutter = Cutter(tokenizer=tokenizer, seq_len=longest, keep_text=False)
-        tokens = sum(len(sample.input_ids) for samples in cutter.samples(documents) for sample in samples)
+        tokens = sum(len(sample.input_ids) for samples in cut(keep_text=False).samples(documents) for sample in samples)
         return config.sample_tokens * size / max(tokens, 1)
 
     documents = read()
@@ -137,7 +141,7 @@ def windows_of(config: ExtractConfig, tokenizer: Any, longest: int) -> Windows:
         documents = shuffled(documents, config.seed)
     return Windows(
         documents,
-        Cutter(tokenizer=tokenizer, seq_len=longest, overlap=config.overlap, keep_text=config.keep_text),
+        cut(overlap=config.overlap, keep_text=config.keep_text),
         Limits(window_tokens=config.window_tokens, samples=config.limit, tokens=config.max_tokens),
     )
 

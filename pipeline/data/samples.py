@@ -60,13 +60,15 @@ class Cutter:
     overlap: int = 0
     """Tokens that a later sample of a document repeats from the one before, as context: `loss_mask` is 0 there."""
     keep_text: bool = True
+    vocab_size: int | None = None
+    """Rows of the teacher's embedding table; ids beyond them are refused here, where a GPU would abort. None refuses none."""
 
     def samples(self, documents: Iterable[Document]) -> Iterator[list[Sample]]:
         """The samples of each document in turn, consecutive pieces of at most `seq_len` tokens; pieces of a single token are left
         out.
 
         Raises:
-            ValueError: a conversation cannot be rendered.
+            ValueError: a conversation cannot be rendered, or a token has no row in the teacher's embedding table.
         """
         for batch in batched(documents, _TOKENIZE_AT_ONCE):
             texts = [document.text for document in batch if document.messages is None]
@@ -113,6 +115,11 @@ class Cutter:
     def _sample(
         self, document: Document, input_ids: np.ndarray, text: str, role: np.ndarray | None, mask: np.ndarray | None
     ) -> Sample:
+        if self.vocab_size is not None and (largest := int(input_ids.max())) >= self.vocab_size:
+            raise ValueError(
+                f"{document.source}: got token {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}), expected ids below "
+                f"{self.vocab_size}, the teacher's vocabulary; the tokenizer in its folder belongs to another model"
+            )
         return Sample(
             id=sample_id(input_ids),
             source=document.source,

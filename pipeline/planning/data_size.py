@@ -46,7 +46,9 @@ class DataSize:
         return self.window.num_tokens
 
 
-def measure_data(config: ExtractConfig, tokenizer: Any, seq_len: int, most_s: float = MOST_S) -> DataSize:
+def measure_data(
+    config: ExtractConfig, tokenizer: Any, seq_len: int, vocab_size: int | None = None, most_s: float = MOST_S
+) -> DataSize:
     """Tokenise the first window of the data, and size the rest by its bytes.
 
     Raises:
@@ -61,7 +63,7 @@ def measure_data(config: ExtractConfig, tokenizer: Any, seq_len: int, most_s: fl
     if config.seed is not None:
         documents = shuffled(documents, config.seed)
     seen = _Seen(documents, most_s)
-    cutter = Cutter(tokenizer=tokenizer, seq_len=seq_len, overlap=config.overlap)
+    cutter = Cutter(tokenizer=tokenizer, seq_len=seq_len, overlap=config.overlap, vocab_size=vocab_size)
     limits = Limits(window_tokens=config.window_tokens, samples=config.limit, tokens=config.max_tokens)
     window = Windows(seen, cutter, limits).next()
     elapsed, known = time.monotonic() - seen.began, window.num_tokens

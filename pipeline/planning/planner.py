@@ -72,9 +72,10 @@ def _try(config: ExtractConfig, storage: Storage, resolved: ResolvedModel, say: 
     """Run a few tasks with the real teacher on the real data."""
     refuse_device(config)
     model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
-    max_positions = int(model_config.get_text_config().max_position_embeddings)
+    limits = model_config.get_text_config()
+    max_positions = int(limits.max_position_embeddings)
     tokenizer = load_tokenizer(resolved.path)
-    data = measure_data(config, tokenizer, min(config.seq_len, max_positions))
+    data = measure_data(config, tokenizer, min(config.seq_len, max_positions), limits.vocab_size)
     run = Run(
         config=config,
         resolved=resolved,

@@ -55,6 +55,14 @@ def test_overlapping_samples_repeat_what_came_before_and_learn_every_token_once(
     assert learnt == (TOKENIZER(text)["input_ids"] if length > 1 else [])
 
 
+def test_a_token_without_a_row_in_the_teachers_table_is_refused_with_its_document() -> None:
+    documents = [Document(source="one", text="abc"), Document(source="two", text="a~c")]
+    largest = TOKENIZER("~")["input_ids"][0]
+    list(Cutter(tokenizer=TOKENIZER, seq_len=8, vocab_size=largest + 1).samples(documents))
+    with pytest.raises(ValueError, match=rf"two: got token {largest} \('~'\), expected ids below {largest}, .*another model"):
+        list(Cutter(tokenizer=TOKENIZER, seq_len=8, vocab_size=largest).samples(documents))
+
+
 def test_text_is_left_out_on_request() -> None:
     ((sample,),) = cut([Document(source="a", text="some text")], 64, keep_text=False)
     assert sample.text is None

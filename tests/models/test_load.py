@@ -116,6 +116,14 @@ def test_a_damaged_tokenizer_is_refused(copy: Path) -> None:
         load_tokenizer(copy)
 
 
+def test_a_slow_tokenizer_is_refused_rather_than_losing_its_offsets(copy: Path) -> None:
+    (copy / "tokenizer.json").rename(copy / "vocab.json")
+    (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    (copy / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(ModelLoadError, match=r"ByT5Tokenizer is a slow tokenizer, which gives no offsets"):
+        load_tokenizer(copy)
+
+
 def test_a_published_config_matches_its_preset() -> None:
     preset = teacher_preset("qwen2-7b")
     assert preset is not None

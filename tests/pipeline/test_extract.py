@@ -80,6 +80,26 @@ def whole(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
+def test_samples_end_where_the_positions_of_the_teacher_do_and_that_is_said(corpus: Path, tmp_path: Path) -> None:
+    teacher = save_checkpoint(tmp_path / "teacher", "gpt2", max_position_embeddings=48)
+    said: list[str] = []
+    config = ExtractConfig(
+        teacher=str(teacher), data=(str(corpus),), out=str(tmp_path / "store"), seq_len=200, limit=4, codec="raw"
+    )
+    extract(config, resolve_model(config.teacher), say=said.append)
+    assert max(open_store(tmp_path / "store").samples.num_tokens) == 48
+    assert any(line.startswith("warning: samples are cut to 48 tokens") and line.endswith("not 200") for line in said)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_teacher_runs(corpus: Path, tmp_path: Path) -> None:
+    teacher = save_checkpoint(
+        tmp_path / "teacher", "qwen2", vocab_size=64, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    with pytest.raises(ValueError, match=r"corpus.jsonl.* expected ids below 64, .* belongs to another model"):
+        run(teacher, corpus, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 FEW = 20
 
 
