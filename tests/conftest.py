@@ -11,7 +11,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tests import typecheck
+from tests import typecheck  # first: it checks what is imported from then on
 from tests.s3 import bucket, proxy, s3_server
 
 __all__ = ["bucket", "proxy", "s3_server", "typecheck"]

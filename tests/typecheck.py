@@ -1,11 +1,18 @@
-"""beartype for jaxtyping's import hook: a function gets its checks at its first call, a nested one those of its likes."""
+"""Axes are checked at run time: beartype under jaxtyping's import hook, in the modules that annotate axes.
+
+mypy knows all other types, and checks at every call of everything would double the time of the suite.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import beartype as _beartype
+from jaxtyping import install_import_hook
+
+_ROOT = Path(__file__).parents[1]
 
 Checked = Callable[..., Any]
 
@@ -16,8 +23,9 @@ _made: dict[Any, Checked] = {}
 def beartype(function: Checked) -> Checked:
     """Check the arguments of a function that jaxtyping makes: it has a function's signature, an empty body and no closure.
 
-    Making a check takes milliseconds. Most functions of a module are not called in most processes, and a function defined inside
-    another is a new one at every call of that: both would take more time than the tests do.
+    The check is made at the first call, and a nested function gets that of its likes. Making one takes milliseconds; most functions
+    of a module are not called in most processes, and a function defined inside another is a new one at every call of that: both
+    would take more time than the tests do.
     """
     checked: Checked | None = None
 
@@ -39,3 +47,13 @@ def _check_of(function: Checked) -> Checked:
     if found is None:
         found = _made[key] = _beartype.beartype(function)
     return found
+
+
+def _annotated() -> list[str]:
+    """The modules that annotate axes."""
+    paths = [path for package in ("kvstore", "pipeline", "training") for path in sorted((_ROOT / package).rglob("*.py"))]
+    with_axes = [path for path in paths if "from jaxtyping" in path.read_text(encoding="utf-8")]
+    return [".".join(path.relative_to(_ROOT).with_suffix("").parts) for path in with_axes]
+
+
+install_import_hook(_annotated(), f"{__name__}.beartype")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from training.losses import IGNORED, cross_entropy, kv_errors, take_rows
@@ -23,6 +24,11 @@ def test_cross_entropy_is_the_mean_log_loss_of_the_next_token_where_there_is_one
         scores = logits[row, column].tolist()
         expected -= scores[label] - math.log(sum(math.exp(score) for score in scores))
     assert cross_entropy(logits, labels, 4).item() == pytest.approx(expected / 4, rel=1e-6)
+
+
+def test_axes_that_do_not_agree_are_refused_under_test() -> None:
+    with pytest.raises(TypeCheckError, match="cross_entropy"):
+        cross_entropy(normal(2, 4, 5), torch.ones(2, 3, dtype=torch.long), 4)
 
 
 def test_weighted_cross_entropy_is_the_written_out_sum() -> None:
