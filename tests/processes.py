@@ -49,6 +49,8 @@ class Process:
         """
         variables = {**os.environ, **(environment or {})}
         self._output = tempfile.TemporaryDirectory()
+        for name in ("stdout", "stderr"):
+            (Path(self._output.name) / name).touch()
         self._process = _CONTEXT.Process(
             target=_run,
             args=(
@@ -123,7 +125,7 @@ def _run(code: str, arguments: list[str], cwd: str, environment: dict[str, str],
     """In the new process."""
     os.setsid()
     for name, stream in (("stdout", 1), ("stderr", 2)):
-        file = os.open(Path(output) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
     os.environ.clear()

@@ -62,10 +62,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def half_the_corpus(corpus: Path) -> Path:
-    """With one bad document, number 23."""
-    path = corpus.with_name("half.jsonl")
-    path.write_text("".join(corpus.read_text().splitlines(keepends=True)[: NUM_DOCUMENTS // 2]))
+def four_documents(corpus: Path) -> Path:
+    """The second of them bad."""
+    path = corpus.with_name("four.jsonl")
+    path.write_text("".join(corpus.read_text().splitlines(keepends=True)[22:26]))
     return path
 
 
@@ -188,19 +188,19 @@ def test_a_sample_found_while_calibrating_is_left_out_before_the_gate_and_record
 def test_a_sample_that_crashes_its_worker_is_left_out_and_the_others_stored(
     ray_cluster: None,
     teacher: Path,
-    half_the_corpus: Path,
+    four_documents: Path,
     expected: dict[str, tuple[bytes, bytes, bytes]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("KVPIPE_TEST_FATAL_TOKEN", str(BAD_ID))
-    run(config_of(teacher, half_the_corpus, tmp_path / "store", codec="raw", on_bad_sample="quarantine", workers=2))
+    run(config_of(teacher, four_documents, tmp_path / "store", codec="raw", on_bad_sample="quarantine", workers=2))
     stored = by_id(open_store(tmp_path / "store"))
-    assert len(stored) == NUM_DOCUMENTS // 2 - 1
+    assert len(stored) == 3
     assert stored.items() <= expected.items()
     ((bad, entry),) = read_quarantined(locate(tmp_path / "store")).items()
     assert bad not in stored
-    assert entry == {"source": f"{half_the_corpus}:23", "reason": "its worker's process died"}
+    assert entry == {"source": f"{four_documents}:1", "reason": "its worker's process died"}
     report = verify_store(str(tmp_path / "store"), deep=True)
     assert report.ok, report.problems
     assert report.num_committed == report.num_shards

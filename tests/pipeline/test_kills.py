@@ -24,9 +24,9 @@ from tests.processes import Process, kvpipe, start
 STDLIB = Path(json.__file__).parent
 
 
-def _arguments(teacher: Path, corpus: Path, out: Path) -> list[str | Path]:
+def _arguments(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str | Path]:
     data: list[str | Path] = ["extract", "--teacher", teacher, "--data", corpus]
-    return [*data, "--out", out, "--seq-len", "256", "--workers", "2", "--accept-fidelity", "--set", "gate_tokens=256"]
+    return [*data, "--out", out, "--seq-len", "256", "--workers", "2", "--accept-fidelity", "--set", "gate_tokens=256", *more]
 
 
 def _wait_for_a_random_moment(process: Process, commits: Path, draw: random.Random, most: int) -> None:
@@ -68,7 +68,8 @@ def _is_consistent(out: Path, expected: dict[str, tuple[bytes, bytes, bytes]]) -
     return len(seen)
 
 
-def _survive(kills: int, seed: int, tmp_path: Path) -> None:
+def _survive(kills: int, seed: int, tmp_path: Path, *more: str) -> None:
+    """Kill and resume; `more` are arguments of the extraction."""
     draw = random.Random(seed)
     teacher = save_checkpoint(tmp_path / "teacher", "qwen2", num_hidden_layers=2, max_position_embeddings=256)
     corpus = tmp_path / "corpus.jsonl"
@@ -86,7 +87,7 @@ def _survive(kills: int, seed: int, tmp_path: Path) -> None:
     expected = by_id(open_store(tmp_path / "whole"))
     out, history = tmp_path / "cut", []
     for number in range(kills):
-        with start(*_arguments(teacher, corpus, out)) as process:
+        with start(*_arguments(teacher, corpus, out, *more)) as process:
             _wait_for_a_random_moment(process, out / "commits", draw, most=max(60 // kills, 1))
             if process.poll() is None:
                 _kill(process, draw)
@@ -94,7 +95,7 @@ def _survive(kills: int, seed: int, tmp_path: Path) -> None:
         history.append(_is_consistent(out, expected))
         if history[-1] == len(expected) and number < kills - 1:
             out = tmp_path / f"cut-{number}"  # complete before its time: the next kills are of a fresh extraction
-    finished = kvpipe(*_arguments(teacher, corpus, out))
+    finished = kvpipe(*_arguments(teacher, corpus, out, *more))
     assert finished.returncode == 0, finished.stderr
     print(f"\n{kills} SIGKILLs, samples visible after each: {history}")
     assert any(0 < visible < len(expected) for visible in history), "no kill came between the first and the last commit"
@@ -115,10 +116,20 @@ def _refuse_other_bits(out: Path) -> None:
 
 @pytest.mark.timeout(280)
 def test_five_kills_and_resumes_end_in_the_store_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    _survive(5, seed=20, tmp_path=tmp_path)
+    """On a running cluster, which outlives its drivers."""
+    import ray
+
+    cluster = ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="error"
+    )
+    try:
+        _survive(5, 20, tmp_path, "--ray-address", cluster.address_info["gcs_address"])
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_fifty_kills_and_resumes_end_in_the_store_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    _survive(50, seed=21, tmp_path=tmp_path)
+    """Each driver starts a Ray of its own, as without a cluster."""
+    _survive(50, 21, tmp_path)

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +19,10 @@ from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.models.resolve import resolve_model
 from pipeline.stop import Interrupted, Stop, stop_on_signals
+from tests import processes
 from tests.checkpoints import save_checkpoint
 from tests.pipeline.test_extract import by_id
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import Process
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +41,15 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[
     return teacher, corpus, by_id(open_store(folder / "whole"))
 
 
-def start(teacher: Path, corpus: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = ["extract", "--teacher", str(teacher), "--data", str(corpus), "--out", str(out), "--seq-len", "256"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments, "--accept-fidelity", "--set", "gate_tokens=256", *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+def start(teacher: Path, corpus: Path, out: Path, *more: str) -> Process:
+    arguments: list[str | Path] = ["extract", "--teacher", teacher, "--data", corpus, "--out", out, "--seq-len", "256"]
+    return processes.start(*arguments, "--accept-fidelity", "--set", "gate_tokens=256", *more)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
+def wait_for(condition: Callable[[], bool], process: Process, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
 
@@ -67,11 +58,11 @@ def commits(out: Path) -> int:
     return len(list((out / "commits").glob("*.json")))
 
 
-def to_driver(process: subprocess.Popen[str], number: signal.Signals) -> None:
+def to_driver(process: Process, number: signal.Signals) -> None:
     process.send_signal(number)
 
 
-def to_everyone(process: subprocess.Popen[str], number: signal.Signals) -> None:
+def to_everyone(process: Process, number: signal.Signals) -> None:
     """Workers first, as a batch system may."""
     for child in psutil.Process(process.pid).children(recursive=True):
         child.send_signal(number)
@@ -89,7 +80,7 @@ def to_everyone(process: subprocess.Popen[str], number: signal.Signals) -> None:
 def test_a_signal_ends_a_run_so_that_the_same_command_goes_on(
     workers: int,
     number: signal.Signals,
-    send: Callable[[subprocess.Popen[str], signal.Signals], None],
+    send: Callable[[Process, signal.Signals], None],
     setting: tuple[Path, Path, dict[str, tuple[bytes, bytes, bytes]]],
     tmp_path: Path,
 ) -> None:
@@ -97,22 +88,22 @@ def test_a_signal_ends_a_run_so_that_the_same_command_goes_on(
     process = start(teacher, corpus, tmp_path / "store", "--workers", str(workers))
     wait_for(lambda: commits(tmp_path / "store") >= 2, process)
     send(process, number)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == os.EX_TEMPFAIL, messages
+    done = process.finish(timeout=60)
+    messages = done.stderr
+    assert done.returncode == os.EX_TEMPFAIL, messages
     assert f"{number.name}: no further task is begun" in messages
     assert f"stopped by {number.name}: " in messages
     assert "The same command goes on from there" in messages
     assert "Traceback" not in messages
-    done = commits(tmp_path / "store")
-    assert f"{done} of 33 shards planned are committed" in messages
-    assert done < 33, "it was stopped too late to show anything"
+    committed = commits(tmp_path / "store")
+    assert f"{committed} of 33 shards planned are committed" in messages
+    assert committed < 33, "it was stopped too late to show anything"
     assert list((tmp_path / "store" / "samples").glob("summary-*.parquet")), "what is committed was not put into tables"
     report = verify_store(str(tmp_path / "store"))
     assert report.ok
-    assert (report.num_committed, report.orphans, report.writers) == (done, (), ())
-    resumed = start(teacher, corpus, tmp_path / "store")
-    _, messages = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, messages
+    assert (report.num_committed, report.orphans, report.writers) == (committed, (), ())
+    resumed = start(teacher, corpus, tmp_path / "store").finish()
+    assert resumed.returncode == 0, resumed.stderr
     assert by_id(open_store(tmp_path / "store")) == expected
 
 
@@ -123,9 +114,9 @@ def test_tasks_in_hand_are_dropped_when_the_grace_is_over(
     process = start(teacher, corpus, tmp_path / "store", "--set", "grace_s=0")
     wait_for(lambda: commits(tmp_path / "store") >= 2, process)
     process.send_signal(signal.SIGTERM)
-    _, messages = process.communicate(timeout=30)
-    assert process.returncode == os.EX_TEMPFAIL, messages
-    assert "those in hand get 0 s" in messages
+    done = process.finish(timeout=30)
+    assert done.returncode == os.EX_TEMPFAIL, done.stderr
+    assert "those in hand get 0 s" in done.stderr
     assert verify_store(str(tmp_path / "store")).ok
 
 
@@ -136,9 +127,9 @@ def test_before_the_first_task_a_signal_ends_a_run_at_once(
     process = start(teacher, corpus, tmp_path / "store")
     wait_for((tmp_path / "store" / ".staging" / "leases").is_dir, process)  # it calibrates under a lease
     process.send_signal(signal.SIGTERM)
-    _, messages = process.communicate(timeout=30)
-    assert process.returncode == os.EX_TEMPFAIL, messages
-    assert "stopped by SIGTERM. The same command goes on from there" in messages
+    done = process.finish(timeout=30)
+    assert done.returncode == os.EX_TEMPFAIL, done.stderr
+    assert "stopped by SIGTERM. The same command goes on from there" in done.stderr
     assert not list((tmp_path / "store" / ".staging").rglob("*.json")), "its lease is still there"
 
 
@@ -153,18 +144,15 @@ with stop_on_signals(60.0, print) as stop, stop.deferred():
         if stop.requested:
             print("requested", flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "listening\n"
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
-    while process.stdout.readline() != "requested\n":
-        pass
-    assert process.poll() is None
-    time.sleep(1.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGTERM
+    with Process(script) as process:
+        wait_for(lambda: process.stdout == "listening\n", process)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: process.stdout.endswith("requested\n"), process)
+        assert process.poll() is None
+        time.sleep(1.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == -signal.SIGTERM
 
 
 def test_a_signal_is_heard_where_it_finds_us_or_when_we_look() -> None:
