@@ -103,6 +103,11 @@ class KVSpec:
         index = self.layer(number).rope
         return None if index is None else self.ropes[index]
 
+    @property
+    def unrotated(self) -> tuple[int, ...]:
+        """Layers without a rotary embedding, whose keys before and after rotation are the same."""
+        return tuple(layer.layer for layer in self.layers if layer.rope is None)
+
     def select(self, numbers: Iterable[int]) -> KVSpec:
         """The same spec with only these layers."""
         chosen = tuple(self.layer(number) for number in sorted(set(numbers)))

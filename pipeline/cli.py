@@ -167,10 +167,13 @@ def _print_description(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from kvstore.spec import format_layers
+
     console = Console()
     state = "complete" if record["complete"] else "NOT COMPLETE: run the same extract command again"
     console.print(f"[bold]{record['path']}[/]  {state}", highlight=False)
     size = record["stored_bytes"]
+    unrotated = format_layers(record["unrotated_layers"]) if record["unrotated_layers"] else ""
     lines = {
         "samples": f"{record['samples']:,} ({record['tokens']:,} tokens)",
         "size": f"{size / 1e6:,.1f} MB"
@@ -179,7 +182,8 @@ def _print_description(record: dict[str, Any]) -> None:
         ),
         "shards": f"{record['shards']['committed']} of {record['shards']['planned']}, "
         f"{record['shard_tokens']:,} tokens each in chunks of {record['chunk_tokens']}",
-        "keys": f"{record['key_domain'].replace('_', '-')}, captured as {record['dtype']}",
+        "keys": f"{record['key_domain'].replace('_', '-')}, captured as {record['dtype']}"
+        + (f"; the same before and after rotation in layers {unrotated}, which rotate none" if unrotated else ""),
         "alignment": _alignment_line(record["alignment"]),
         **growth_lines(record),
         "signal": record["fingerprints"]["signal"][:16],

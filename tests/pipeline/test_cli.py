@@ -169,6 +169,17 @@ def test_a_config_file_settings_and_flags_override_each_other_in_order(tmp_path:
     assert "none: the teacher's own geometry" in shown
 
 
+def test_of_a_teacher_that_rotates_nothing_it_is_said_that_its_keys_are_the_same_before_and_after(tmp_path: Path) -> None:
+    teacher = save_checkpoint(tmp_path / "teacher", "gpt2")
+    done = kvpipe(
+        "extract", "--teacher", teacher, "--data", TEXT, "--out", "store", "--codec", "raw", "--limit", "2", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "layers 0-3 rotate no keys: those before and after rotation are the same" in done.stderr
+    shown = " ".join(kvpipe("inspect", "store", cwd=tmp_path).stdout.split())
+    assert "the same before and after rotation in layers 0-3, which rotate none" in shown
+
+
 @pytest.mark.parametrize("arguments", [["inspect", "store"], ["inspect", "store", "--json"], ["verify", "store"], ["--help"]])
 def test_a_reader_that_has_had_enough_is_no_error(arguments: list[str], tmp_path: Path) -> None:
     write_store(tmp_path / "store", random_source(small_spec(num_layers=40), [9]), "raw")
