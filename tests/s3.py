@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -32,7 +33,7 @@ def s3_server() -> Iterator[str]:
     """URL of a server in a process of its own; ended with the session."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=log, stderr=log, text=True
+            [sys.executable, str(Path(__file__).with_name("s3_server.py"))], stdout=log, stderr=log, text=True
         )
         try:
             deadline = time.monotonic() + 60
