@@ -255,7 +255,8 @@ def _print_table(record: dict[str, Any], out: Path) -> None:
     console.print(table)
     plain, with_kv = (record["students"][label]["eval_nats_per_byte"] for label in _ARMS)
     console.print(
-        f"With the teacher's KV the student ends {plain - with_kv:.3f} nats per byte lower after equal steps. "
+        f"With the teacher's KV the student ends {abs(plain - with_kv):.3f} nats per byte {'lower' if with_kv < plain else 'higher'} "
+        "after equal steps. "
         f"Curves: {out / _PLOT}. Whole demo: {record['seconds']:.0f} s.",
         highlight=False,
         soft_wrap=True,

@@ -43,14 +43,14 @@ def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     path = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
-        record = run_demo(path / "out", workers=2, seed=0, say=print, steps=12, max_files=80)
+        record = run_demo(path / "out", workers=2, seed=0, say=print, steps=6, max_files=60)
     return path, record
 
 
 def test_the_demo_runs_from_text_to_two_students(short_demo: tuple[Path, dict[str, Any]]) -> None:
     path, record = short_demo
     store = open_store(path / "out" / "store")
-    assert 800 < len(store) <= 80 * 11
+    assert 600 < len(store) <= 60 * 11
     assert store.manifest.alignment is not None
     assert store.manifest.alignment["baked"] is True
     assert record["store_bytes_per_token"] < 150
