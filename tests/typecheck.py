@@ -5,12 +5,15 @@ mypy knows all other types, and checks at every call of everything would double 
 
 from __future__ import annotations
 
+import sys
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import beartype as _beartype
-from jaxtyping import install_import_hook
+from jaxtyping import AbstractArray, install_import_hook
 
 _ROOT = Path(__file__).parents[1]
 
@@ -33,6 +36,8 @@ def beartype(function: Checked) -> Checked:
         nonlocal checked
         if checked is None:
             checked = _check_of(function)
+            if not any(_has_axes(annotation) for annotation in function.__annotations__.values()):
+                _leave_alone(function)
         return checked(*args, **kwargs)
 
     return check
@@ -47,6 +52,29 @@ def _check_of(function: Checked) -> Checked:
     if found is None:
         found = _made[key] = _beartype.beartype(function)
     return found
+
+
+def _has_axes(annotation: Any) -> bool:
+    """Whether an annotation is, or has somewhere inside it, an array type of jaxtyping."""
+    if isinstance(annotation, str) or (isinstance(annotation, type) and issubclass(annotation, AbstractArray)):
+        return True
+    return any(_has_axes(part) for part in typing.get_args(annotation))
+
+
+def _leave_alone(function: Checked) -> None:
+    """From its second call on, a function without axes runs as if it had never been wrapped."""
+    found: Any = sys.modules[function.__module__]
+    for name in function.__qualname__.split("."):
+        found = vars(found).get(name)
+        if found is None:  # defined inside another function
+            return
+    for wrapped in (
+        found,
+        getattr(found, "__func__", None),
+        *(getattr(found, kind, None) for kind in ("fget", "fset", "fdel")),
+    ):
+        if isinstance(wrapped, types.FunctionType):
+            wrapped.__no_type_check__ = True  # type: ignore[attr-defined]
 
 
 def _annotated() -> list[str]:
