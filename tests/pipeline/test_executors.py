@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from pipeline.quarantine import BadSampleError
 from pipeline.worker import TeacherSource
 from tests.checkpoints import VOCAB_SIZE, byte_tokenizer, save_checkpoint
 from tests.pipeline.test_extract import by_id
+from tests.processes import Process
 
 CRASH = Path(__file__).parent / "crash"
 NUM_DOCUMENTS = 60
@@ -185,6 +184,7 @@ def test_a_sample_found_while_calibrating_is_left_out_before_the_gate_and_record
     assert report.num_committed == report.num_shards
 
 
+@pytest.mark.slow
 def test_a_sample_that_crashes_its_worker_is_left_out_and_the_others_stored(
     ray_cluster: None,
     teacher: Path,
@@ -264,6 +264,7 @@ def test_a_node_without_the_teacher_is_refused_by_name(tmp_path: Path) -> None:
         inspect_node(tmp_path / "teacher", None)
 
 
+@pytest.mark.slow
 def test_a_worker_computes_with_as_many_threads_as_it_has_cpus(
     ray_cluster: None, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,9 +344,7 @@ for setting in sys.argv[1:]:
         "ADDRESS=127.0.0.1:1": "nothing answers at 127.0.0.1:1",
         "ADDRESS=ray://head:10001": "got ray://head:10001, expected 'auto' or host:port",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script, *cases], capture_output=True, text=True, timeout=120, check=False, cwd=CRASH.parents[2]
-    )
+    done = Process(script, *cases).finish()
     lines = done.stdout.splitlines()
     assert len(lines) == len(cases), done.stdout + done.stderr
     for line, text in zip(lines, cases.values(), strict=True):
