@@ -43,7 +43,7 @@ def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     path = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
-        record = run_demo(path / "out", workers=2, seed=0, say=print, steps=6, max_files=60)
+        record = run_demo(path / "out", workers=1, seed=0, say=print, steps=6, max_files=60)
     return path, record
 
 

@@ -77,7 +77,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    "kind", ["jsonl.zst", "parquet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("jsonl", "jsonl.gz"))]
+    "kind", ["jsonl.zst", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("parquet", "jsonl", "jsonl.gz"))]
 )
 def test_a_data_file_cut_off_while_it_is_read_is_named_and_what_was_planned_is_kept(
     kind: str, teacher: Path, tmp_path: Path

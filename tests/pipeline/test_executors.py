@@ -246,6 +246,7 @@ class Elsewhere(Folder):
         return str(self.root.with_name("mounted-elsewhere"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_see_the_drivers_storage_is_refused_by_name(
     ray_cluster: None, teacher: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +281,7 @@ def test_a_worker_computes_with_as_many_threads_as_it_has_cpus(
         executor.close()
 
 
+@pytest.mark.slow
 def test_workers_that_get_no_place_end_the_run_after_a_while(ray_cluster: None, teacher: Path) -> None:
     import ray
 

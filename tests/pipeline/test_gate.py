@@ -254,9 +254,9 @@ def make_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 @pytest.mark.parametrize(
     ("codec", "layers"),
     [
-        pytest.param("raw", "all", id="raw"),
+        pytest.param("raw", "all", id="raw", marks=pytest.mark.slow),
         pytest.param("q8", "all", id="q8"),
-        pytest.param("mix", "1,3", id="mix-some-layers"),
+        pytest.param("mix", "1,3", id="mix-some-layers", marks=pytest.mark.slow),
         pytest.param("mix,0=raw,3=q8", "all", id="three-groups"),
     ],
 )

@@ -142,7 +142,7 @@ def test_resuming_a_finished_store_makes_the_tokens_of_its_first_and_last_window
     assert len(tokenised) == windows[0]["documents"] + windows[-1]["documents"]
 
 
-@pytest.mark.parametrize("kill_after", [1, 9, 22])
+@pytest.mark.parametrize("kill_after", [9, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 22))])
 def test_killed_in_any_window_it_goes_on_to_the_same_store(
     kill_after: int, teacher: Path, data: Path, whole: Path, tmp_path: Path
 ) -> None:

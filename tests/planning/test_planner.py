@@ -85,7 +85,7 @@ def bytes_of(path: Path) -> int:
         pytest.param({}, id="mix"),
         pytest.param({"codec": "raw", "keep_text": False}, id="raw-without-text", marks=pytest.mark.slow),
         pytest.param({"codec": "q4z,0=q8"}, id="by-layer", marks=pytest.mark.slow),
-        pytest.param({"student": "tiny"}, id="baked"),
+        pytest.param({"student": "tiny"}, id="baked", marks=pytest.mark.slow),
         pytest.param({"max_tokens": 20_000, "seed": 3}, id="part-of-the-data", marks=pytest.mark.slow),
     ],
 )
