@@ -59,7 +59,7 @@ def task_of(path: Path, shard: int, shard_tokens: int, source: Source) -> Task:
 def test_no_shard_takes_more_than_was_kept_for_it(codec: str, num_layers: int, dim: int, tmp_path: Path) -> None:
     source = incompressible(num_layers, dim)
     draw = random.Random(0)
-    texts = ["".join(chr(draw.randrange(32, 0x3000)) for _ in range(5 * length)) for length in LENGTHS]
+    texts = ["".join(chr(draw.randrange(32, 0x3000)) for _ in range(50 * length)) for length in LENGTHS]
     manifest, calibration, tasks = begin_store(tmp_path, source, codec)
     storage = locate(tmp_path)
     kept = 0
