@@ -43,7 +43,7 @@ def describe(store: Store) -> dict[str, Any]:
             for group in manifest.groups
         ],
         "key_domain": store.spec.key_domain,
-        "unrotated_layers": list(store.spec.unrotated),
+        "unrotated_layers": list(store.spec.unrotated_layers),
         "dtype": store.spec.dtype,
         "chunk_tokens": manifest.layout.chunk_tokens,
         "shard_tokens": manifest.layout.shard_tokens,

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,8 +23,9 @@ from jaxtyping import Int32, Int64, UInt32
 
 from kvstore.commits import Commit, committed_shards, merge_fidelity, read_commit
 from kvstore.errors import KVStoreError, StoreFormatError, StoreWriteError
-from kvstore.manifest import SAMPLES, Manifest, read_manifest
-from kvstore.records import bytes_sha256, canonical_json, fingerprint, read_sealed, write_sealed
+from kvstore.manifest import SAMPLES, read_manifest
+from kvstore.records import bytes_sha256, canonical_json
+from kvstore.repeats import read_repeats
 from kvstore.storage import Storage
 
 ROWS = pa.schema(
@@ -206,50 +207,6 @@ def listed_shards(storage: Storage) -> dict[int, tuple[int, int]]:
         for table in _read_summaries(storage).values()
         for row in table.to_pylist()
     }
-
-
-def repeats_key(part: int) -> str:
-    return f"{SAMPLES}/repeats-{part:05d}.json"
-
-
-def write_repeats(storage: Storage, part: int, counts: Mapping[str, int]) -> str:
-    """Keep how often a later part of the data had samples that an earlier one had stored.
-
-    Returns:
-        What the part's record in the manifest must hold as `repeats`; until then no reader counts them.
-    """
-    body = {"part": part, "counts": dict(counts)}
-    write_sealed(storage, repeats_key(part), body)
-    return fingerprint(body)
-
-
-def read_repeats(storage: Storage, manifest: Manifest) -> Counter[str]:
-    """Further counts by sample id, over all parts the manifest lists.
-
-    Raises:
-        StoreFormatError: a part's counts are missing, damaged or others than the manifest names.
-    """
-    total: Counter[str] = Counter()
-    for part in range(len(manifest.data.get("parts", ()))):
-        total.update(read_part_repeats(storage, manifest, part))
-    return total
-
-
-def read_part_repeats(storage: Storage, manifest: Manifest, part: int) -> dict[str, int]:
-    """How often one part of the data had samples of earlier parts, by id; errors as of `read_repeats`."""
-    expected = manifest.data["parts"][part].get("repeats")
-    if expected is None:
-        return {}
-    try:
-        body = read_sealed(storage, repeats_key(part))
-        actual = fingerprint(body)
-    except FileNotFoundError:
-        body, actual = {}, "nothing"
-    if actual != expected:
-        raise StoreFormatError(
-            f"{storage.location}/{repeats_key(part)}: hashes to {actual}, the manifest says {expected}; restore the file"
-        )
-    return dict(body["counts"])
 
 
 class SampleTable:

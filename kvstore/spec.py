@@ -104,7 +104,7 @@ class KVSpec:
         return None if index is None else self.ropes[index]
 
     @property
-    def unrotated(self) -> tuple[int, ...]:
+    def unrotated_layers(self) -> tuple[int, ...]:
         """Layers without a rotary embedding, whose keys before and after rotation are the same."""
         return tuple(layer.layer for layer in self.layers if layer.rope is None)
 

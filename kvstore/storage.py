@@ -85,11 +85,10 @@ def locate(location: str | Path | Storage) -> Storage:
     url = _URL.fullmatch(text)
     scheme, rest = (url["scheme"].lower(), url["rest"]) if url else ("", "")
     if url is None or ("://" not in text and scheme not in (*_BUCKET_SCHEMES, "file")):
-        # tensorstore takes no '..', and workers may run elsewhere
-        return Folder(Path(os.path.abspath(Path(text).expanduser())))  # noqa: PTH100  # resolve() would follow links
+        return Folder(_absolute(Path(text).expanduser()))
     host, _, path = rest.removeprefix("/").partition("/")
     if scheme == "file" and host in ("", "localhost") and rest.startswith("/") and path:
-        return Folder(Path(os.path.abspath(f"/{unquote(path)}")))  # noqa: PTH100
+        return Folder(_absolute(Path(f"/{unquote(path)}")))
     prefix = path.strip("/")
     plain = _PREFIX.fullmatch(prefix) and not {".", ".."} & {*prefix.split("/")}
     if scheme in _BUCKET_SCHEMES and rest.startswith("/") and host and plain:
@@ -100,6 +99,11 @@ def locate(location: str | Path | Storage) -> Storage:
         f"store: got {text!r}, expected a folder, s3://bucket/prefix or gs://bucket/prefix, the prefix of letters, digits, spaces "
         "and !_.'()=,+@- between single slashes"
     )
+
+
+def _absolute(path: Path) -> Path:
+    """Without '..', which tensorstore does not take, and the same on workers that run elsewhere; links stay what they are."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  # Path.absolute keeps '..', Path.resolve follows links
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ from kvstore.lease import LEASES, Claim, claims
 from kvstore.manifest import ARRAYS, COMMITS, GATE, SAMPLES, TOKENIZER, Manifest, read_manifest
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256, fingerprint
-from kvstore.samples import part_key, read_parquet, read_repeats, rows_of
+from kvstore.repeats import read_repeats
+from kvstore.samples import part_key, read_parquet, rows_of
 from kvstore.spec import KVSpec
 from kvstore.storage import STAGING, Storage, locate
 

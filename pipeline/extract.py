@@ -262,7 +262,7 @@ def _announce(run: Run, signal: Signal) -> None:
         f"{format_codecs(signal.codecs)}: {about} into {run.storage.location}{free}; {signal.job.batch_tokens:,} "
         f"padded tokens at once on {signal.info.device}"
     )
-    if unrotated := signal.stored.unrotated:
+    if unrotated := signal.stored.unrotated_layers:
         run.say(f"layers {format_layers(unrotated)} rotate no keys: those before and after rotation are the same")
     if config.max_tokens and (not first.last or first.num_tokens > 0.99 * config.max_tokens):
         run.say(f"stops at --max-tokens {config.max_tokens:,}; ask for more with a larger number, or 0 for all of the data")

@@ -18,7 +18,7 @@ from kvstore.drop import dropped_shards
 from kvstore.layout import Layout, plan_layout
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
 from kvstore.records import plain
-from kvstore.samples import read_part_repeats, write_repeats
+from kvstore.repeats import read_part_repeats, write_repeats
 from kvstore.storage import Storage
 from pipeline.data.samples import Sample
 from pipeline.data.windows import Consumed, IdSet, Window

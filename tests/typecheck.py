@@ -36,7 +36,8 @@ def beartype(function: Checked) -> Checked:
         nonlocal checked
         if checked is None:
             checked = _check_of(function)
-            if not any(_has_axes(annotation) for annotation in function.__annotations__.values()):
+            # Of the two made for each function, the one that checks what it returns has all annotations; in the other that is Any.
+            if function.__annotations__.get("return") is not Any and not any(map(_has_axes, function.__annotations__.values())):
                 _leave_alone(function)
         return checked(*args, **kwargs)
 
@@ -74,7 +75,7 @@ def _leave_alone(function: Checked) -> None:
         *(getattr(found, kind, None) for kind in ("fget", "fset", "fdel")),
     ):
         if isinstance(wrapped, types.FunctionType):
-            wrapped.__no_type_check__ = True  # type: ignore[attr-defined]
+            wrapped.__no_type_check__ = True
 
 
 def _annotated() -> list[str]:

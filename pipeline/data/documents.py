@@ -153,7 +153,7 @@ def _messages(found: object) -> tuple[Message, ...] | None:
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig") as file:  # type: ignore[type-var]  # typeshed asks more of it
+        with io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig") as file:
             for number, line in enumerate(file):
                 if line.strip():
                     row = json.loads(line)
@@ -164,7 +164,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"--data: {path} is not complete JSON lines: {error}; repair it or leave it out") from error
 
 
-def _decompressed(path: Path) -> io.BufferedIOBase:
+def _decompressed(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """The bytes of a file behind its compression; reading raises EOFError where a compressed file was cut short."""
     if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
         raise EOFError("the file is empty")

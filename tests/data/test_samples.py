@@ -74,7 +74,7 @@ def test_a_sample_met_again_counts_and_is_learnt_from_where_either_is() -> None:
     assert later.id == first.id
     for one, other in ((later, first), (first, later)):
         both = one.again(other)
-        assert (both.count, both.loss_mask.tolist()) == (2, [1] * 6)  # type: ignore[union-attr]  # there is one
+        assert (both.count, both.loss_mask.tolist()) == (2, [1] * 6)
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 130])

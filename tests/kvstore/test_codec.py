@@ -124,7 +124,7 @@ def test_numpy_and_torch_give_the_same_bits(
     mean, step = fit_quantizer(quantizer, moments_of(values)) if quantizer else (None, None)
     channels = [None if array is None else on(device, array) for array in (mean, step)]
     codes = encode(quantizer, values, mean, step)
-    stored = np.asarray(codes, dtype=storage_dtype(quantizer, dtype))  # type: ignore[arg-type]  # drawn literal
+    stored = np.asarray(codes, dtype=storage_dtype(quantizer, dtype))
     assert stored.tobytes() == codes.tobytes()
     torch_codes = encode(quantizer, on(device, values), *channels)
     assert_same_bits(torch_codes, codes)

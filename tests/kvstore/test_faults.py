@@ -36,7 +36,8 @@ from kvstore.errors import StoreWriteError
 from kvstore.gate import read_gate, write_gate
 from kvstore.manifest import read_manifest, write_manifest
 from kvstore.records import canonical_json
-from kvstore.samples import ROWS, compact, write_repeats
+from kvstore.repeats import write_repeats
+from kvstore.samples import ROWS, compact
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from kvstore.writer import ShardWriter
@@ -136,7 +137,7 @@ def refit(store: Path, shard: int) -> None:
             stored["size_bytes"] = len(content)
             stored["sha256"], stored["index_sha256"] = (hashlib.sha256(part).hexdigest() for part in (content, end))
 
-    reseal(commit_file(store, shard), fitted)  # type: ignore[arg-type]  # plain JSON
+    reseal(commit_file(store, shard), fitted)
 
 
 def edit_index(file: Path, chunks: int, change: Callable[[np.ndarray], None]) -> None:
@@ -333,7 +334,7 @@ FAULTS = [
     ),
     Fault(
         name="codec list in zarr.json",
-        damage=array_json("input_ids", lambda d: d["codecs"][0]["configuration"]["codecs"].pop()),  # type: ignore[index]  # JSON
+        damage=array_json("input_ids", lambda d: d["codecs"][0]["configuration"]["codecs"].pop()),
         part="metadata",
         shard=None,
         raises=r"input_ids/zarr\.json: .*it was changed",
@@ -461,14 +462,14 @@ FAULTS = [
     ),
     Fault(
         name="manifest older than the data",
-        damage=on("manifest.json", lambda f: reseal(f, lambda d: d["layout"].update(num_shards=4))),  # type: ignore[attr-defined]  # JSON
+        damage=on("manifest.json", lambda f: reseal(f, lambda d: d["layout"].update(num_shards=4))),
         part="commit",
         shard=None,
         raises="shard 4: committed, but the manifest has 4 shards",
     ),
     Fault(
         name="manifest newer than the arrays",
-        damage=on("manifest.json", lambda f: reseal(f, lambda d: d["layout"].update(num_shards=9))),  # type: ignore[attr-defined]  # JSON
+        damage=on("manifest.json", lambda f: reseal(f, lambda d: d["layout"].update(num_shards=9))),
         part="metadata",
         shard=None,
         raises=r"zarr\.json: token axis of 640, expected 1152 or more",

@@ -41,8 +41,9 @@ from kvstore.drop import drop_samples
 from kvstore.gate import read_gate, write_gate
 from kvstore.lease import EVERYTHING, lease
 from kvstore.records import canonical_json
+from kvstore.repeats import write_repeats
 from kvstore.rewrite import merge_stores, recode_store
-from kvstore.samples import compact, write_repeats
+from kvstore.samples import compact
 from kvstore.storage import locate
 from pipeline.monitor.progress import Progress
 from pipeline.worker import TaskResult
@@ -204,7 +205,7 @@ def test_fingerprints_are_hashes_of_their_fields(store_path: Path) -> None:
     record = manifest_of(store_path)
     for name in ("signal", "data"):
         expected = hashlib.sha256(canonical_json(record[name]).encode()).hexdigest()
-        assert record["fingerprints"][name] == expected  # type: ignore[index]  # plain JSON
+        assert record["fingerprints"][name] == expected
     reseal(store_path / "manifest.json", signal={"weights": "others"})
     with pytest.raises(StoreFormatError, match="fingerprints: got"):
         open_store(store_path)
@@ -215,7 +216,7 @@ def test_calibration_arrays_that_do_not_fit_the_manifest_are_refused(store_path:
     digest = hashlib.sha256()
     group = zarr.open_group(store_path / "kv.zarr", mode="r")
     for name in ("key_mean", "key_step", "value_mean", "value_step"):
-        array = np.asarray(group[name][...])  # type: ignore[index]  # zarr types a member as array or group
+        array = np.asarray(group[name][...])
         digest.update(f"/{name}{array.shape}".encode() + array.astype("<f4").tobytes())
     assert manifest_of(store_path)["calibration"] == digest.hexdigest()
     steps = zarr.open_array(store_path / "kv.zarr" / "key_step", mode="r+")
@@ -242,7 +243,7 @@ def test_keys_and_values_have_named_axes(source: Source, tmp_path: Path) -> None
     for kind in ("key", "value"):
         array = group[kind]
         assert isinstance(array, zarr.Array)
-        assert array.metadata.dimension_names == ("layer", "token", "kv_head", f"{kind}_dim")  # type: ignore[union-attr]  # v3
+        assert array.metadata.dimension_names == ("layer", "token", "kv_head", f"{kind}_dim")
         assert (array.shape[0], *array.shape[2:]) == (3, 2, 8)
 
 
@@ -253,7 +254,7 @@ def test_four_bit_codes_lie_in_byte_arrays_of_half_the_dim(written: Path) -> Non
     assert isinstance(array, zarr.Array)
     assert "value" not in group
     assert (array.dtype, array.shape[-1]) == (np.uint8, 4)
-    assert array.metadata.dimension_names[-1] == "value_byte_dim"  # type: ignore[union-attr,index]  # v3
+    assert array.metadata.dimension_names[-1] == "value_byte_dim"
 
 
 @rule("3.4")
@@ -292,7 +293,7 @@ def test_chunks_and_shards_have_the_stated_shapes(written: Path) -> None:
     assert chunk in {64, 128, 256, 512, 1024}
     assert shard % chunk == 0
     group = zarr.open_group(written / "kv.zarr", mode="r")
-    shapes = {name: (group[name].chunks, group[name].shards) for name in ("key", "value_byte", "input_ids")}  # type: ignore[union-attr]  # arrays
+    shapes = {name: (group[name].chunks, group[name].shards) for name in ("key", "value_byte", "input_ids")}
     assert shapes == {
         "key": ((1, chunk, 2, 8), (3, shard, 2, 8)),
         "value_byte": ((1, chunk, 2, 4), (3, shard, 2, 4)),
@@ -318,7 +319,7 @@ def test_layers_of_another_geometry_form_a_group_of_their_own(tmp_path: Path) ->
     source = random_source(spec, LENGTHS)
     store = open_store(write_store(tmp_path / "store", source, "q8"))
     attributes = zarr.open_group(Path(store.location) / "kv.zarr", mode="r").attrs["kvpipe"]
-    assert attributes["groups"] == {"0": ["", 0], "1": ["group_1", 0], "2": ["", 1], "3": ["", 2]}  # type: ignore[index,call-overload]  # JSON
+    assert attributes["groups"] == {"0": ["", 0], "1": ["group_1", 0], "2": ["", 1], "3": ["", 2]}
     batch = store.read([4], layers=[1])
     np.testing.assert_allclose(batch.key[0], source.kv[4][1][0], atol=0.1)
     with pytest.raises(ValueError, match="key heads and dims differ"):
@@ -328,7 +329,7 @@ def test_layers_of_another_geometry_form_a_group_of_their_own(tmp_path: Path) ->
 @rule("4.1")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_raw_holds_the_captured_bits(tmp_path: Path, dtype: str) -> None:
-    source = random_source(small_spec(dtype=dtype), LENGTHS)  # type: ignore[arg-type]  # parametrised literal
+    source = random_source(small_spec(dtype=dtype), LENGTHS)
     store = open_store(write_store(tmp_path / "store", source, "raw"))
     start = int(store.samples.token_start[3])
     for index, kind in enumerate(("key", "value")):
@@ -371,11 +372,11 @@ def test_the_form_follows_from_name_and_data_type(rung: tuple[str, Path]) -> Non
     arrays = {"8-bit": ("{}", "int8"), "4-bit": ("{}_byte", "uint8"), "e4m3": ("{}", "uint8"), "raw": ("{}", "float32")}
     group = zarr.open_group(path / "kv.zarr", mode="r")
     attributes = group.attrs["kvpipe"]
-    assert attributes["codec"] == codec  # type: ignore[index,call-overload]  # JSON
+    assert attributes["codec"] == codec
     for kind, form in zip(("key", "value"), FORMS[codec].split(), strict=True):
         name, dtype = arrays[form][0].format(kind), arrays[form][1]
-        assert ({kind, f"{kind}_byte"} & set(group.array_keys()), group[name].dtype) == ({name}, dtype)  # type: ignore[union-attr]  # array
-        assert name in attributes["decode"][kind]  # type: ignore[index,call-overload]  # JSON
+        assert ({kind, f"{kind}_byte"} & set(group.array_keys()), group[name].dtype) == ({name}, dtype)
+        assert name in attributes["decode"][kind]
 
 
 def test_the_table_of_rungs_is_the_codec_ladder() -> None:
@@ -444,8 +445,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, codec: str, bad:
 @rule("4.8")
 def test_the_manifest_holds_what_rotates_the_keys(written: Path) -> None:
     spec = manifest_of(written)["spec"]
-    assert spec["key_domain"] == "pre_rope"  # type: ignore[index,call-overload]  # plain JSON
-    assert spec["ropes"] == [{"kind": "half", "inv_freq": [1.0, 0.1, 0.01, 0.001], "start": 0, "attention_scaling": 1.0}]  # type: ignore[index,call-overload]  # the same
+    assert spec["key_domain"] == "pre_rope"
+    assert spec["ropes"] == [{"kind": "half", "inv_freq": [1.0, 0.1, 0.01, 0.001], "start": 0, "attention_scaling": 1.0}]
 
 
 @rule("5.1")
@@ -462,12 +463,12 @@ def test_a_commit_is_created_once_and_wins_over_a_second_writer(store_path: Path
 @rule("5.2")
 def test_a_commit_lists_every_object_with_size_and_hash(written: Path) -> None:
     objects = commit_of(written, 1)["objects"]
-    assert {stored["path"] for stored in objects} == {  # type: ignore[attr-defined]  # plain JSON
+    assert {stored["path"] for stored in objects} == {
         "kv.zarr/key/c/0/1/0/0",
         "kv.zarr/value_byte/c/0/1/0/0",
         "kv.zarr/input_ids/c/1",
     }
-    for stored in objects:  # type: ignore[attr-defined]  # the same
+    for stored in objects:
         content = (written / stored["path"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (stored["size_bytes"], stored["sha256"])
         layout = open_store(written).manifest.layout
@@ -492,7 +493,7 @@ def test_sample_rows_say_who_and_where(written: Path, source: Source) -> None:
     layout = store.manifest.layout
     seen = 0
     for shard in range(layout.num_shards):
-        for row in commit_of(written, shard)["samples"]:  # type: ignore[attr-defined]  # plain JSON
+        for row in commit_of(written, shard)["samples"]:
             content = source.input_ids[seen].astype("<i4").tobytes()
             assert row["id"] == hashlib.sha256(content).hexdigest()
             assert row["crc32c"] == google_crc32c.value(content)
@@ -522,12 +523,12 @@ def test_fidelity_is_measured_on_what_was_written(written: Path, source: Source)
     exact = np.concatenate([source.kv[index][1][1] for index in indices]).astype(np.float32)
     mean = store.calibration[""]["value"][0][1]
     error = batch.value[1] - exact
-    record = commit_of(written, 2)["fidelity"]["1"]["value"]  # type: ignore[index,call-overload]  # plain JSON
+    record = commit_of(written, 2)["fidelity"]["1"]["value"]
     assert record["centred_error"] == pytest.approx(np.linalg.norm(error) / np.linalg.norm(exact - mean), rel=1e-5)
     assert record["max_abs_error"] == pytest.approx(np.abs(error).max(), rel=1e-5)
     assert 0 <= record["saturation"] < 0.01
     stored_bits = 8 * (written / "kv.zarr/value_byte/c/0/2/0/0").stat().st_size
-    layers = commit_of(written, 2)["fidelity"].values()  # type: ignore[attr-defined]  # plain JSON
+    layers = commit_of(written, 2)["fidelity"].values()
     by_layer = sum(layer["value"]["bits"] * exact.size for layer in layers)
     assert 0.9 * stored_bits < by_layer < stored_bits
 
@@ -549,7 +550,7 @@ def test_parquet_tables_hold_the_rows_and_a_summary(written: Path) -> None:
     (part,), (summary,) = ((written / "samples").glob(f"{name}-*.parquet") for name in ("part", "summary"))
     rows = [
         row for shard in range(open_store(written).manifest.layout.num_shards) for row in commit_of(written, shard)["samples"]
-    ]  # type: ignore[attr-defined]  # plain JSON
+    ]
     assert pq.read_table(part).to_pylist() == rows
     table = pq.read_table(summary)
     assert table.column_names == ["shard", "num_samples", "num_tokens", "stored_bytes"]
@@ -570,7 +571,7 @@ def test_shards_not_yet_in_a_table_are_read_from_their_commits(source: Source, t
 
 
 def _ids(path: Path, shard: int) -> list[str]:
-    return [row["id"] for row in commit_of(path, shard)["samples"]]  # type: ignore[attr-defined]  # plain JSON
+    return [row["id"] for row in commit_of(path, shard)["samples"]]
 
 
 @rule("6.3")
@@ -606,9 +607,9 @@ def test_repeats_count_once_the_manifest_names_them(store_path: Path) -> None:
     digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
     (store_path / "samples/repeats-00001.json").write_text(json.dumps({**body, "sha256": digest}))
     assert set(open_store(store_path).samples.count) == {1}
-    data = {**manifest_of(store_path)["data"], "parts": [{}, {"repeats": digest}]}  # type: ignore[dict-item]  # plain JSON
+    data = {**manifest_of(store_path)["data"], "parts": [{}, {"repeats": digest}]}
     fingerprint = hashlib.sha256(canonical_json(data).encode()).hexdigest()
-    signal = manifest_of(store_path)["fingerprints"]["signal"]  # type: ignore[index]  # the same
+    signal = manifest_of(store_path)["fingerprints"]["signal"]
     reseal(store_path / "manifest.json", data=data, fingerprints={"signal": signal, "data": fingerprint})
     assert open_store(store_path).samples.count.tolist() == [3] + [1] * (len(LENGTHS) - 1)
     (store_path / "samples/repeats-00001.json").unlink()
@@ -688,8 +689,8 @@ def test_swapped_token_shards_raise_naming_shard_and_sample(tmp_path: Path) -> N
     listed = {file: commit_of(path, int(file.name))["objects"], twin: commit_of(path, int(twin.name))["objects"]}
     for target, other in ((file, twin), (twin, file)):  # with records that fit, so that only the token ids are left to tell
         target.write_bytes(contents[target])
-        swapped = {**listed[other][-1], "path": listed[target][-1]["path"]}  # type: ignore[index]  # plain JSON
-        reseal(path / f"commits/{int(target.name):05d}.json", objects=[*listed[target][:-1], swapped])  # type: ignore[index]  # the same
+        swapped = {**listed[other][-1], "path": listed[target][-1]["path"]}
+        reseal(path / f"commits/{int(target.name):05d}.json", objects=[*listed[target][:-1], swapped])
     store = open_store(path)
     index = int(np.flatnonzero(store.samples.shard == int(file.name))[0])
     with pytest.raises(CorruptShardError, match=rf"shard {file.name}, sample {index} \(id"):
@@ -899,11 +900,11 @@ def test_dropped_samples_are_listed_and_gone(merged: Path, tmp_path: Path) -> No
     shard = int(before.samples.shard[-1])
     gone = sorted(before.samples.ids[index] for index in np.flatnonzero(before.samples.shard == shard))
     start = dict(zip(before.samples.ids, before.samples.token_start.tolist(), strict=True))
-    assert manifest_of(path)["data"]["dropped"] is None  # type: ignore[index,call-overload]  # plain JSON
+    assert manifest_of(path)["data"]["dropped"] is None
     drop_samples(str(path), gone)
     assert json.loads((path / "samples/dropped.json").read_text())["shards"] == dict.fromkeys(gone, shard)
     digest = hashlib.sha256(canonical_json(gone).encode()).hexdigest()
-    assert manifest_of(path)["data"]["dropped"] == digest  # type: ignore[index,call-overload]  # the same
+    assert manifest_of(path)["data"]["dropped"] == digest
     after = open_store(path)
     assert dict(zip(after.samples.ids, after.samples.token_start.tolist(), strict=True)) == {
         identity: row for identity, row in start.items() if identity not in gone

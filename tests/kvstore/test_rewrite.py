@@ -222,7 +222,7 @@ def test_a_killed_rewrite_goes_on(call: str, halves: list[str], tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recoding_raw_gives_the_codes_of_its_values(dtype: str, tmp_path: Path) -> None:
-    spec = small_spec(dtype=dtype)  # type: ignore[arg-type]  # of the two
+    spec = small_spec(dtype=dtype)
     raw = write_store(tmp_path / "raw", random_source(spec, LENGTHS), "raw")
     recode_store(str(raw), "mix,2=raw", str(tmp_path / "mix"))
     source, recoded = open_store(raw), open_store(tmp_path / "mix")

@@ -11,7 +11,8 @@ import pytest
 
 from kvstore.commits import read_commit
 from kvstore.manifest import write_manifest
-from kvstore.samples import compact, write_repeats
+from kvstore.repeats import write_repeats
+from kvstore.samples import compact
 from kvstore.storage import locate
 from pipeline.budget import END_BYTES, ByteBudget, refuse_small_budget, store_bytes, task_bytes, window_bytes
 from pipeline.config import ExtractConfig

@@ -38,15 +38,17 @@ def _wait_for_a_random_moment(process: Process, commits: Path, draw: random.Rand
     time.sleep(draw.uniform(0, 0.2))
 
 
-def _kill(process: Process, draw: random.Random) -> None:
-    """SIGKILL the driver, or one of its Ray workers first and the driver a moment later."""
-    if draw.random() < 0.5:
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::RayWorker" in _title(child)]
-        if workers:
-            draw.choice(workers).send_signal(signal.SIGKILL)
-            time.sleep(draw.uniform(0, 0.5))
+def _kill(process: Process, draw: random.Random) -> bool:
+    """SIGKILL the driver, or one of its Ray workers first and the driver a moment later; whether it was a worker first."""
+    # Below the driver where that has started Ray, else below this process, which has.
+    workers = [child for child in psutil.Process().children(recursive=True) if "ray::RayWorker" in _title(child)]
+    worker_first = draw.random() < 0.5 and bool(workers)
+    if worker_first:
+        draw.choice(workers).send_signal(signal.SIGKILL)
+        time.sleep(draw.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     process.wait()
+    return worker_first
 
 
 def _title(process: psutil.Process) -> str:
@@ -85,18 +87,19 @@ def _survive(kills: int, seed: int, tmp_path: Path, *more: str) -> None:
     )
     extract(config, resolve_model(config.teacher), say=lambda _: None)
     expected = by_id(open_store(tmp_path / "whole"))
-    out, history = tmp_path / "cut", []
+    out, history, workers_killed = tmp_path / "cut", [], 0
     for number in range(kills):
         with start(*_arguments(teacher, corpus, out, *more)) as process:
             _wait_for_a_random_moment(process, out / "commits", draw, most=max(60 // kills, 1))
             if process.poll() is None:
-                _kill(process, draw)
+                workers_killed += _kill(process, draw)
         time.sleep(0.5)  # orphaned workers may still finish the shard in hand
         history.append(_is_consistent(out, expected))
         if history[-1] == len(expected) and number < kills - 1:
             out = tmp_path / f"cut-{number}"  # complete before its time: the next kills are of a fresh extraction
     extract(config.model_copy(update={"out": str(out)}), resolve_model(config.teacher), say=lambda _: None)
-    print(f"\n{kills} SIGKILLs, samples visible after each: {history}")
+    print(f"\n{kills} SIGKILLs of drivers, {workers_killed} of workers before, samples visible after each: {history}")
+    assert workers_killed, "no worker was there to be killed"
     assert any(0 < visible < len(expected) for visible in history), "no kill came between the first and the last commit"
     assert by_id(open_store(out)) == expected
     report = verify_store(str(out), deep=True)

@@ -14,7 +14,7 @@ from types import ModuleType
 class _Patched(importlib.abc.MetaPathFinder):
     """Finds the module of torch that has `Embedding`, and changes it once it is there."""
 
-    def find_spec(self, fullname, path, target=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+    def find_spec(self, fullname, path, target=None):  # noqa: ARG002
         if fullname != "torch.nn.modules.sparse":
             return None
         sys.meta_path.remove(self)
@@ -25,7 +25,7 @@ class _Patched(importlib.abc.MetaPathFinder):
             execute(module)
             forward = module.Embedding.forward
 
-            def fatal(self, input_ids):  # type: ignore[no-untyped-def]
+            def fatal(self, input_ids):
                 token = os.environ.get("KVPIPE_TEST_FATAL_TOKEN")
                 if token and bool((input_ids == int(token)).any()):
                     signal.raise_signal(signal.SIGSEGV)

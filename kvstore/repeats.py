@@ -1,0 +1,55 @@
+"""How often parts of the data had samples that an earlier part had stored already (FORMAT.md 10.3): equal samples lie in a store once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from kvstore.errors import StoreFormatError
+from kvstore.manifest import SAMPLES, Manifest
+from kvstore.records import fingerprint, read_sealed, write_sealed
+from kvstore.storage import Storage
+
+
+def repeats_key(part: int) -> str:
+    return f"{SAMPLES}/repeats-{part:05d}.json"
+
+
+def write_repeats(storage: Storage, part: int, counts: Mapping[str, int]) -> str:
+    """Keep how often a later part of the data had samples that an earlier one had stored.
+
+    Returns:
+        What the part's record in the manifest must hold as `repeats`; until then no reader counts them.
+    """
+    body = {"part": part, "counts": dict(counts)}
+    write_sealed(storage, repeats_key(part), body)
+    return fingerprint(body)
+
+
+def read_repeats(storage: Storage, manifest: Manifest) -> Counter[str]:
+    """Further counts by sample id, over all parts the manifest lists.
+
+    Raises:
+        StoreFormatError: a part's counts are missing, damaged or others than the manifest names.
+    """
+    total: Counter[str] = Counter()
+    for part in range(len(manifest.data.get("parts", ()))):
+        total.update(read_part_repeats(storage, manifest, part))
+    return total
+
+
+def read_part_repeats(storage: Storage, manifest: Manifest, part: int) -> dict[str, int]:
+    """How often one part of the data had samples of earlier parts, by id; errors as of `read_repeats`."""
+    expected = manifest.data["parts"][part].get("repeats")
+    if expected is None:
+        return {}
+    try:
+        body = read_sealed(storage, repeats_key(part))
+        actual = fingerprint(body)
+    except FileNotFoundError:
+        body, actual = {}, "nothing"
+    if actual != expected:
+        raise StoreFormatError(
+            f"{storage.location}/{repeats_key(part)}: hashes to {actual}, the manifest says {expected}; restore the file"
+        )
+    return dict(body["counts"])
