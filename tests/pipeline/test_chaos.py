@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -195,18 +196,18 @@ def test_a_machine_that_goes_away_is_done_without(
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **OBJECT_STORE})
     try:
         node = cluster.add_node(num_cpus=1, **OBJECT_STORE)
-        hosts: list[int] = []
-
-        def lose_it() -> None:
-            hosts.append(len([entry for entry in ray.nodes() if entry["Alive"]]))
+        config = config_of(teacher, corpus, tmp_path / "store", ray_address=cluster.address, on_bad_sample="quarantine")
+        # Ray adds nodes in the main thread only.
+        with ThreadPoolExecutor(1) as pool:
+            extraction = pool.submit(run, config)
+            while len(list((tmp_path / "store" / "commits").glob("*.json"))) < 3:
+                assert not extraction.done(), extraction.result()
+                time.sleep(0.005)
+            assert len([entry for entry in ray.nodes() if entry["Alive"]]) == 2
             cluster.remove_node(node, allow_graceful=False)
             if a_node_comes_back:
                 cluster.add_node(num_cpus=1, **OBJECT_STORE)
-
-        accident = after_commits(tmp_path / "store", 3, lose_it)
-        run(config_of(teacher, corpus, tmp_path / "store", ray_address=cluster.address, on_bad_sample="quarantine"))
-        accident.join()
-        assert hosts == [2]
+            extraction.result()
     finally:
         ray.shutdown()
         cluster.shutdown()
