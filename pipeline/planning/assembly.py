@@ -31,6 +31,8 @@ class Found:
     sizing: Sizing
     rungs: Mapping[str, tuple[Mapping[int, Codec], float]]
     """By codec: of each layer, and bytes per token of keys and values. The codec asked for comes first."""
+    layer_shares: Mapping[int, float]
+    """Part of each stored layer in the bytes of keys and values, in the codec asked for."""
     tokens_per_s: float | None = None
     """None where nothing was tried."""
     hours: Hours | None = None
@@ -45,7 +47,6 @@ def assemble(config: ExtractConfig, storage: Storage, found: Found, student_toke
     groups, layout = plan_groups(sizing.stored, codecs), sizing.layout(codecs)
     room = _room(config, storage, found, chosen, groups, layout)
     fits = room.fits(chosen)
-    layers = [student for student, _ in found.alignment.layer_map] if found.alignment else list(sizing.stored.layer_numbers)
     files = None
     if chosen.shards is not None:
         arrays = 2 * len(groups) + sizing.other_arrays
@@ -74,10 +75,17 @@ def assemble(config: ExtractConfig, storage: Storage, found: Found, student_toke
         if room.bytes is None
         else tokens_that_fit(chosen, records, room.bytes, tokens, layout.shard_tokens),
         fits=fits,
-        alternatives=alternatives(rungs, layers, records, tokens, room.bytes, layout.shard_tokens)
+        alternatives=alternatives(rungs, _shares_to_choose_from(found), records, tokens, room.bytes, layout.shard_tokens)
         if fits is False and tokens is not None and room.bytes is not None
         else (),
     )
+
+
+def _shares_to_choose_from(found: Found) -> Mapping[int, float]:
+    """By the numbers that `--layers` takes: of the student's layers where there is a student."""
+    if found.alignment is None:
+        return found.layer_shares
+    return {student: found.layer_shares[teacher] for student, teacher in found.alignment.layer_map}
 
 
 def _room(config: ExtractConfig, storage: Storage, found: Found, chosen: Rung, groups: Sequence[Group], layout: Layout) -> Room:

@@ -245,13 +245,13 @@ def tokens_that_fit(rung: Rung, records: Records, room: int, num_tokens: int | N
 
 
 def alternatives(
-    rungs: Sequence[Rung], layers: Sequence[int], records: Records, num_tokens: int, room: int, shard_tokens: int
+    rungs: Sequence[Rung], shares: Mapping[int, float], records: Records, num_tokens: int, room: int, shard_tokens: int
 ) -> tuple[Alternative, ...]:
     """Arguments with which a store fits that does not: the finest coarser codec, fewer layers, fewer tokens.
 
     Args:
         rungs: the one chosen first.
-        layers: what `--layers` chooses from: those chosen now.
+        shares: part of each layer in the bytes of keys and values; of those that `--layers` chooses from: those chosen now.
         room: bytes there are.
         shard_tokens: most tokens of a shard.
     """
@@ -264,10 +264,13 @@ def alternatives(
             found.append(Alternative(arguments=f"--codec {rung.codec}", total_bytes=rung.total_bytes))
             break
     fixed = records.fixed + round(num_tokens * records.per_token)
-    per_layer = (chosen.total_bytes - fixed) / len(layers)
-    if 0 < (count := int(max(room - fixed, 0) / per_layer)) < len(layers):
+    layers = sorted(shares)
+    for count in range(len(layers) - 1, 0, -1):
         kept = [layers[index] for index in default_student_layers(len(layers), count)]
-        found.append(Alternative(arguments=f"--layers {format_layers(kept)}", total_bytes=round(fixed + count * per_layer)))
+        total = round(fixed + (chosen.total_bytes - fixed) * sum(shares[layer] for layer in kept))
+        if total <= room:
+            found.append(Alternative(arguments=f"--layers {format_layers(kept)}", total_bytes=total))
+            break
     if tokens := tokens_that_fit(chosen, records, room, num_tokens, shard_tokens):
         digits = 10 ** max(len(str(tokens)) - 3, 0)
         fewer = tokens // digits * digits

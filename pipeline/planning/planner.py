@@ -114,6 +114,7 @@ def _try(config: ExtractConfig, storage: Storage, resolved: ResolvedModel, say: 
         alignment=signal.alignment,
         sizing=_measured(config, data, sizing, layout, sizes, hours, tokens_per_s),
         rungs={name: (rung.codecs, rung.bytes_per_token) for name, rung in sizes.rungs.items()},
+        layer_shares=sizes.layer_shares,
         tokens_per_s=tokens_per_s,
         hours=hours,
     )

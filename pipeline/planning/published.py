@@ -57,6 +57,7 @@ def find_published(config: ExtractConfig, preset: TeacherPreset, why: str) -> Fo
     for name in dict.fromkeys([format_codecs(chosen), *CODECS]):
         codecs = parse_codecs(name, stored.layer_numbers)
         rungs[name] = codecs, estimate_bytes(stored, codecs, 10**6) / 10**6
+    sizes = {layer: estimate_bytes(stored.select([layer]), {layer: codec}, 10**6) for layer, codec in chosen.items()}
     return Found(
         data=DataSize(
             window=_UNREAD,
@@ -70,6 +71,7 @@ def find_published(config: ExtractConfig, preset: TeacherPreset, why: str) -> Fo
         alignment=alignment,
         sizing=sizing,
         rungs=rungs,
+        layer_shares={layer: size / sum(sizes.values()) for layer, size in sizes.items()},
         note=f"{why}. Sizes are those of Gaussian channels{'' if config.dtype != 'auto' else ' captured as bfloat16'}; nothing was "
         "tried, so there is no time",
     )

@@ -97,6 +97,9 @@ class Sizes:
     """Tokens it was measured on."""
     rungs: Mapping[str, RungSize]
     """By codec as `parse_codecs` reads it; the one asked for first."""
+    layer_shares: Mapping[int, float]
+    """Part of each layer in the bytes of keys and values, in the codec asked for. They differ: a first layer follows from the token
+    alone and repeats with it."""
     other_bytes_per_token: float
     """Of arrays beside keys and values."""
     other_arrays: int
@@ -169,6 +172,7 @@ class Trial:
                 text: RungSize(codecs=codecs, bytes_per_token=self._bytes_per_token(raw, moments, codecs))
                 for text, codecs in self._rungs(codec)
             },
+            layer_shares=_layer_shares(Store(storage)),
             other_bytes_per_token=_payload_per_token(raw, others),
             other_arrays=len(others),
             own_bytes=sum(entry.size_bytes for entry in own),
@@ -305,6 +309,16 @@ def _payload_per_token(store: Store, arrays: Sequence[str]) -> float:
         sizes = {stored.path: stored.size_bytes for stored in commit.objects}
         total += sum(sizes[shard_key(array, commit.shard)] - shard_index_bytes(store.manifest, array) for array in arrays)
     return total / sum(commit.num_tokens for commit in commits)
+
+
+def _layer_shares(store: Store) -> dict[int, float]:
+    """Part of each layer in the stored bytes of keys and values."""
+    bits = {}
+    for layer in store.spec.layers:
+        measured = store.samples.fidelity()[str(layer.layer)]
+        of_head = layer.key_dim * measured["key"]["bits"] + layer.value_dim * measured["value"]["bits"]
+        bits[layer.layer] = layer.num_kv_heads * of_head
+    return {layer: mine / sum(bits.values()) for layer, mine in bits.items()}
 
 
 def shard_index_bytes(manifest: Manifest, array: str) -> int:
