@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -123,6 +124,8 @@ class Worker:
         load = functools.partial(load_causal_lm, source.path, source.dtype, source.device)
         self._teacher = Teacher(load, source.last_layer)
         self._kept: dict[int, list[_Captured]] = {}
+        self._codec: StoreCodec | None = None
+        self._codec_lock = threading.Lock()
 
     def describe(self) -> TeacherInfo:
         model = self._teacher.model
@@ -193,7 +196,7 @@ class Worker:
             CodecError: the teacher gave values that are not finite.
             StoreWriteError: the disk or bucket refused.
         """
-        codec = _codec_for_writing(job.store, task.shard)
+        codec = self._codec_for(job.store, task.shard)
         rows = [sample.row for sample in task.samples]
         writer = ShardWriter(locate(job.store), codec.manifest, codec.calibration, task.shard, rows)
         feed = Feed(writer, codec)
@@ -266,6 +269,15 @@ class Worker:
             self._teacher.require_whole()
             return run_stored_gate(self._teacher.model, self._teacher.spec, open_store(job.store), sample_indices, job.layers)
 
+    def _codec_for(self, store: str, shard: int) -> StoreCodec:
+        """Manifest and calibration of the store this worker's run is for; read again only when the store has grown."""
+        with self._codec_lock:
+            if self._codec is None or shard >= self._codec.manifest.layout.num_shards:
+                storage = locate(store)
+                manifest = read_manifest(storage)
+                self._codec = StoreCodec(manifest, read_calibration(storage, manifest))
+            return self._codec
+
     def _compute(self, job: Job, task: Task, on_layer: OnLayer) -> None:
         alignment = None if job.alignment is None else Alignment.from_json(job.alignment)
         self._teacher.compute(task.samples, job.layers, alignment, job.batch_tokens, on_layer)
@@ -281,22 +293,6 @@ def _moments(values_THD: Tensor, wanted: np.ndarray) -> ChannelMoments:
     if chosen.device.type == "cpu":
         return ChannelMoments(len(chosen), power_sums(as_numpy(chosen.float())))
     return ChannelMoments(len(chosen), power_sums(chosen).cpu().numpy())
-
-
-def _codec_for_writing(store: str, shard: int) -> StoreCodec:
-    """Manifest and calibration, read again only when the store has grown."""
-    codec = _codec_at(store)
-    if shard >= codec.manifest.layout.num_shards:
-        _codec_at.cache_clear()
-        codec = _codec_at(store)
-    return codec
-
-
-@functools.lru_cache(maxsize=1)
-def _codec_at(store: str) -> StoreCodec:
-    storage = locate(store)
-    manifest = read_manifest(storage)
-    return StoreCodec(manifest, read_calibration(storage, manifest))
 
 
 def _refuse_not_finite(task: Task, layer: int, batch: Batch, key_THD: Tensor, value_THD: Tensor) -> None:

@@ -324,6 +324,18 @@ def test_a_tokenizer_with_more_tokens_than_the_teacher_is_refused(corpus: Path, 
         run(teacher, corpus, tmp_path / "store")
 
 
+def test_a_store_made_anew_in_the_same_process_has_its_own_calibration(
+    teacher: Path, corpus: Path, few: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    other.write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in texts))
+    run(teacher, other, tmp_path / "store", limit=FEW)
+    shutil.rmtree(tmp_path / "store")
+    run(teacher, corpus, tmp_path / "store", limit=FEW)
+    assert by_id(open_store(tmp_path / "store")) == by_id(open_store(few))
+
+
 def test_a_folder_of_other_files_is_not_written_into(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"is not empty and is not a store being created \(it holds thesis\.tex"):
