@@ -203,7 +203,10 @@ class Teacher:
         return fits
 
     def _capture(self, input_ids: Tensor, layers: Sequence[int], take: Callable[[int, Tensor, Tensor], None]) -> None:
-        capture_kv(self.model, self.spec, input_ids.to(self.model.device), layers=layers, on_layer=take)
+        if self.model.device.type == "cuda":
+            input_ids = input_ids.pin_memory()  # else the copy waits for the forward pass before it, and the GPU for this one
+        input_ids = input_ids.to(self.model.device, non_blocking=True)
+        capture_kv(self.model, self.spec, input_ids, layers=layers, on_layer=take)
 
     def _memory_share(self, layers: Sequence[int], rows: int, width: int) -> float:
         """How much of a GPU's free memory a forward pass takes at its peak; of several GPUs the fullest."""

@@ -23,9 +23,9 @@ from pipeline.worker import Job, Moments, TaskResult, TeacherInfo
 
 _ECHO_S = 0.5
 """A signal to a whole group of processes may reach a worker before us: so long a loss waits for its explanation."""
-CPU_SLOTS, GPU_SLOTS = 2, 4
-"""Tasks of one worker at a time: one computes while the others encode, compress and write. On a GPU, which computes a task of a 7B
-teacher in half the time that one thread needs to write it, two writers are not enough."""
+CPU_SLOTS, GPU_SLOTS = 2, 8
+"""Tasks of one worker at a time: one computes while the others compress and write. A GPU of 2023 computes a task of a 7B teacher in
+half a second, which one thread compresses and writes in two: three were always busy there and kept the GPU waiting."""
 _MAX_CRASHES = 2
 """The first with whatever else its worker was at, the second alone; before a sample is blamed it crashes another, alone."""
 _MAX_LOSSES = 5
