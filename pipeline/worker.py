@@ -124,7 +124,7 @@ class Worker:
         load = functools.partial(load_causal_lm, source.path, source.dtype, source.device)
         self._teacher = Teacher(load, source.last_layer)
         self._kept: dict[int, list[_Captured]] = {}
-        self._codec: StoreCodec | None = None
+        self._codec: tuple[str, StoreCodec] | None = None
         self._codec_lock = threading.Lock()
 
     def describe(self) -> TeacherInfo:
@@ -270,13 +270,13 @@ class Worker:
             return run_stored_gate(self._teacher.model, self._teacher.spec, open_store(job.store), sample_indices, job.layers)
 
     def _codec_for(self, store: str, shard: int) -> StoreCodec:
-        """Manifest and calibration of the store this worker's run is for; read again only when the store has grown."""
+        """Manifest and calibration of the store in work; read again only for another store or when it has grown."""
         with self._codec_lock:
-            if self._codec is None or shard >= self._codec.manifest.layout.num_shards:
+            if self._codec is None or self._codec[0] != store or shard >= self._codec[1].manifest.layout.num_shards:
                 storage = locate(store)
                 manifest = read_manifest(storage)
-                self._codec = StoreCodec(manifest, read_calibration(storage, manifest))
-            return self._codec
+                self._codec = store, StoreCodec(manifest, read_calibration(storage, manifest))
+            return self._codec[1]
 
     def _compute(self, job: Job, task: Task, on_layer: OnLayer) -> None:
         alignment = None if job.alignment is None else Alignment.from_json(job.alignment)
