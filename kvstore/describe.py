@@ -45,6 +45,7 @@ def describe(store: Store) -> dict[str, Any]:
         "key_domain": store.spec.key_domain,
         "unrotated_layers": list(store.spec.unrotated_layers),
         "dtype": store.spec.dtype,
+        "response_only": manifest.is_response_only,
         "chunk_tokens": manifest.layout.chunk_tokens,
         "shard_tokens": manifest.layout.shard_tokens,
         "alignment": manifest.alignment

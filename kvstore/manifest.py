@@ -140,6 +140,11 @@ class Manifest:
         return fingerprint([self.signal_fingerprint, self.data_fingerprint])
 
     @property
+    def is_response_only(self) -> bool:
+        """Whether tokens that are not to be learnt from, those of prompts, have no keys and values (FORMAT.md 3.13)."""
+        return bool(self.signal.get("response_only", False))
+
+    @property
     def is_growing(self) -> bool:
         """Whether an extraction has not planned all of its data yet: more parts will follow."""
         return not all(run["complete"] for run in self.runs)
@@ -191,6 +196,10 @@ class Manifest:
             fingerprints = cast(dict[str, str], record["fingerprints"])
         except (KeyError, TypeError) as error:
             raise StoreFormatError(f"{where}: {error!r}; expected the fields of FORMAT.md 2") from error
+        if manifest.is_response_only and "loss_mask" not in manifest.token_arrays:
+            raise StoreFormatError(
+                f"{where}: response_only without a loss_mask among token_arrays; it was changed (FORMAT.md 3.13)"
+            )
         expected = {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint}
         if fingerprints != expected:
             raise StoreFormatError(f"fingerprints: got {fingerprints}, expected {expected} from the fields ({where})")

@@ -18,7 +18,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped, UInt8
 
 from kvstore import codec as codecs
 from kvstore.arrays import (
@@ -43,31 +43,39 @@ from kvstore.storage import Folder, Storage, locate
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class KVBatch:
-    """Decoded keys and values of some samples, concatenated in the order asked for."""
+class TokenBatch:
+    """Some samples, concatenated in the order asked for; verified."""
 
-    layers: tuple[int, ...]
-    """Teacher layer numbers along the layer axis."""
-    key: Float32[np.ndarray, "layer token kv_head key_dim"]
-    value: Float32[np.ndarray, "layer token kv_head value_dim"]
     input_ids: Int32[np.ndarray, "token"]
     cu_seqlens: Int64[np.ndarray, "boundary"]
     """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
     beside: Mapping[str, UInt8[np.ndarray, "token"]]
     """What else the store has of each token, by array name: `role` and `loss_mask` of conversations (FORMAT.md 3.12)."""
+
+    @property
+    def learnt(self) -> Bool[np.ndarray, "token"]:
+        """Which tokens are to be learnt from: the loss mask, all where there is none. In a response-only store no other token has
+        keys and values (FORMAT.md 3.13)."""
+        mask = self.beside.get("loss_mask")
+        return np.ones(len(self.input_ids), dtype=np.bool_) if mask is None else mask.astype(np.bool_)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CodeBatch:
-    """Codes of some samples as they lie on disk, concatenated in the order asked for; verified, not decoded."""
+class KVBatch(TokenBatch):
+    """The same with keys and values, decoded."""
+
+    layers: tuple[int, ...]
+    """Teacher layer numbers, in the order of the arrays."""
+    key: Float32[np.ndarray, "layer token kv_head key_dim"]
+    value: Float32[np.ndarray, "layer token kv_head value_dim"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CodeBatch(TokenBatch):
+    """The same with codes as they lie on disk."""
 
     codes: Mapping[tuple[str, Kind], Shaped[np.ndarray, "slot token kv_head code"]]
     """By group path and kind; the slots of the layers asked for, in increasing order."""
-    input_ids: Int32[np.ndarray, "token"]
-    cu_seqlens: Int64[np.ndarray, "boundary"]
-    """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
-    beside: Mapping[str, UInt8[np.ndarray, "token"]]
-    """What else the store has of each token, by array name: `role` and `loss_mask` of conversations (FORMAT.md 3.12)."""
 
 
 class Store:
@@ -161,6 +169,34 @@ class Store:
             cu_seqlens=batch.cu_seqlens,
             beside=batch.beside,
         )
+
+    def count_learnt(self, skip: int = 0) -> Int64[np.ndarray, "sample"]:
+        """Tokens of each sample to be learnt from, its first `skip` positions left out.
+
+        Where the store has a loss mask it is read once, a shard at a time: a byte a token, compressed well.
+
+        Raises:
+            CorruptShardError: a committed shard is missing, damaged or another.
+            OSError: the bucket cannot be reached.
+        """
+        num_tokens = self.samples.num_tokens.astype(np.int64)
+        if "loss_mask" not in self.manifest.token_arrays:
+            return np.maximum(num_tokens - skip, 0)
+        learnt = np.zeros(len(self), dtype=np.int64)
+        shards, firsts = np.unique(self.samples.shard, return_index=True)
+        for shard, members in zip(shards.tolist(), np.split(np.arange(len(self)), firsts[1:]), strict=True):
+            self.verify_shard(shard)
+            start = shard * self.manifest.layout.shard_tokens
+            starts = self.samples.token_start[members] - start
+            ends = starts + num_tokens[members]
+            try:
+                mask = np.asarray(self._request("loss_mask", [(start, int(ends.max()))], None).result())
+            except ValueError as error:
+                raise self._explain(error, members.tolist(), ()) from error
+            # Rows between samples, which no chunk need hold, do not count: only differences inside a sample are taken.
+            before = np.concatenate([[0], np.cumsum(mask != 0)])
+            learnt[members] = before[ends] - before[np.minimum(starts + skip, ends)]
+        return learnt
 
     def read_codes(
         self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None, *, verify_objects: bool = True

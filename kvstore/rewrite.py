@@ -194,6 +194,8 @@ def _calibrate(store: Store, wanted: Manifest, origins: Sequence[Origin], progre
         progress(done, total)
         batch = store.read_codes([origin.index for origin in run])
         counted = calibration_mask([origin.num_tokens for origin in run])
+        if wanted.is_response_only:
+            counted &= batch.learnt
         for layer, kind in moments:
             moments[layer, kind].add(_decoded(store, batch, layer, kind)[counted])
         done += sum(origin.num_tokens for origin in run)

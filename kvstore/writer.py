@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Bool, Float, Int32, UInt8
 
 from kvstore import codec as codecs
 from kvstore.arrays import (
@@ -177,6 +177,8 @@ class ShardWriter:
         """
         if not replace and self._storage.size(commit_key(self.shard)) is not None:
             return read_commit(self._storage, self.shard)
+        if self.manifest.is_response_only:
+            self._leave_out(self._tokens["loss_mask"] == 0)
         try:
             objects, bits = self._write_objects(replace)
             commit = Commit(
@@ -203,6 +205,14 @@ class ShardWriter:
                 f"({self._storage.location}); run 'kvpipe verify' and 'kvpipe repair'"
             )
         return theirs
+
+    def _leave_out(self, tokens: Bool[np.ndarray, "token"]) -> None:
+        """Forget keys, values and measures of these tokens of the shard: what is the same everywhere compresses to nothing."""
+        for group in self.manifest.groups:
+            for kind in KINDS:
+                self._codes[group.path, kind][:, tokens] = fill_value(group, kind)
+        for measures in self._measures.values():
+            measures[:, tokens] = 0.0
 
     def _refuse(self, layer: int, kind: Kind, placed: Sequence[Placed], values: Values) -> None:
         try:

@@ -175,7 +175,8 @@ def _print_description(record: dict[str, Any]) -> None:
     size = record["stored_bytes"]
     unrotated = format_layers(record["unrotated_layers"]) if record["unrotated_layers"] else ""
     lines = {
-        "samples": f"{record['samples']:,} ({record['tokens']:,} tokens)",
+        "samples": f"{record['samples']:,} ({record['tokens']:,} tokens"
+        + (", keys and values only of those to be learnt from)" if record["response_only"] else ")"),
         "size": f"{size / 1e6:,.1f} MB"
         + (
             f", {record['bytes_per_token']:,.0f} bytes per token, {record['bits_per_value']:.2f} bits per value" if size else ""

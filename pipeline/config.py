@@ -67,6 +67,8 @@ class ExtractConfig(pydantic.BaseModel):
     """Store about so many tokens in documents drawn at random from all of the data, instead of its first; reads it all once more."""
     overlap: int = pydantic.Field(0, ge=0)
     """Tokens that a later sample of a long document repeats from the one before, as context that is not learnt from."""
+    response_only: bool = False
+    """Store keys and values only of tokens to be learnt from, what the assistant says in conversations; the teacher reads all of them."""
     window_tokens: int = pydantic.Field(2_097_152, ge=1)
     """Tokens planned at a time: bounds the memory that data of any size takes, about 60 bytes for each."""
     append: bool = False

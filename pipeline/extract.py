@@ -187,6 +187,8 @@ def batch_tokens_of(config: ExtractConfig, executor: Executor, layers: tuple[int
 
 def signal_of(run: Run, executor: Executor) -> Signal:
     """What the workers' teacher and these settings store."""
+    if run.config.response_only:
+        _refuse_without_loss_mask(run)
     info = executor.describe()
     refuse_tokens(run.first, info.num_embeddings)
     alignment, stored = _stored(run, info)
@@ -199,7 +201,7 @@ def signal_of(run: Run, executor: Executor) -> Signal:
         stored=stored,
         codecs=codecs,
         groups=plan_groups(stored, codecs),
-        record=signal_record(run.resolved, run.tokenizer, info, stored, alignment, codecs, template),
+        record=signal_record(run.resolved, run.tokenizer, info, stored, alignment, codecs, template, run.config.response_only),
         job=Job(
             store=run.storage.location,
             layers=stored.layer_numbers,
@@ -207,6 +209,16 @@ def signal_of(run: Run, executor: Executor) -> Signal:
             batch_tokens=batch_tokens_of(run.config, executor, stored.layer_numbers),
         ),
     )
+
+
+def _refuse_without_loss_mask(run: Run) -> None:
+    masks = [sample.loss_mask for sample in run.first.samples if sample.loss_mask is not None]
+    if not any(mask.any() for mask in masks):
+        found = "conversations in which no assistant speaks" if masks else "plain text"
+        raise ValueError(
+            f"--response-only: got {found} ({', '.join(run.config.data)}), expected conversations with the assistant's turns, or "
+            "--overlap; leave it out to store every token"
+        )
 
 
 def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
@@ -262,6 +274,13 @@ def _announce(run: Run, signal: Signal) -> None:
         f"{format_codecs(signal.codecs)}: {about} into {run.storage.location}{free}; {signal.job.batch_tokens:,} "
         f"padded tokens at once on {signal.info.device}"
     )
+    if config.response_only:
+        learnt = sum(
+            len(sample.input_ids) if sample.loss_mask is None else int(sample.loss_mask.sum()) for sample in first.samples
+        )
+        run.say(
+            f"--response-only: {learnt:,} of the first {first.num_tokens:,} tokens get keys and values, so it will be smaller"
+        )
     if unrotated := signal.stored.unrotated_layers:
         run.say(f"layers {format_layers(unrotated)} rotate no keys: those before and after rotation are the same")
     if config.max_tokens and (not first.last or first.num_tokens > 0.99 * config.max_tokens):

@@ -120,7 +120,9 @@ def run_stored_gate(model: Any, spec: KVSpec, store: Store, sample_indices: Sequ
 def _stored_sample(store: Store, index: int, layers: Sequence[int]) -> tuple[np.ndarray, Replace]:
     """Token ids of a sample, and a `replace` that gives its stored keys and values whatever it is given."""
     stored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    input_ids = store.read([index], layers=()).input_ids
+    tokens = store.read([index], layers=())
+    # Of a response-only store the teacher keeps its own keys and values where there are none.
+    missing = torch.from_numpy(~tokens.learnt & store.manifest.is_response_only)[:, None]
     for group in store.manifest.groups:
         if wanted := [layer for layer in group.layers if layer in layers]:
             batch = store.read([index], layers=wanted)
@@ -128,11 +130,12 @@ def _stored_sample(store: Store, index: int, layers: Sequence[int]) -> tuple[np.
 
     def replace(layer: int, key: Tensor, value: Tensor) -> KeyValue:
         def like(array_THD: np.ndarray, tensor: Tensor) -> Tensor:
-            return torch.from_numpy(array_THD).transpose(0, 1)[None].to(tensor.device, tensor.dtype)
+            known = torch.from_numpy(array_THD).transpose(0, 1)[None].to(tensor.device, tensor.dtype)
+            return torch.where(missing.to(tensor.device), tensor, known)
 
         return like(stored[layer][0], key), like(stored[layer][1], value)
 
-    return input_ids, replace
+    return tokens.input_ids, replace
 
 
 def _compare(

@@ -33,11 +33,13 @@ def signal_record(
     alignment: Alignment | None,
     codecs: Mapping[int, Codec],
     template: str | None,
+    response_only: bool,
 ) -> dict[str, Any]:
     """Everything that shapes the numbers, but the calibration.
 
     Args:
         template: fingerprint of the chat template, None where the data is plain text.
+        response_only: whether tokens that are not learnt from are left out.
     """
     signal = {
         "capture_version": CAPTURE_VERSION,
@@ -53,6 +55,8 @@ def signal_record(
         "alignment": alignment.to_json() if alignment else None,
         "codec": format_codecs(codecs),
     }
+    if response_only:
+        signal["response_only"] = True
     return cast(dict[str, Any], plain(signal))
 
 

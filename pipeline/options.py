@@ -63,6 +63,12 @@ EXTRACT_OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--overlap", type=int, help="Tokens a later sample of a long document repeats as context [0]."),
     click.option(
+        "--response-only",
+        is_flag=True,
+        default=None,
+        help="Of conversations store keys and values of the assistant's tokens alone; of --overlap those not repeated.",
+    ),
+    click.option(
         "--accept-fidelity", is_flag=True, default=None, help="Store even if the codec changes the teacher's predictions."
     ),
     click.option("--append", is_flag=True, default=None, help="Add this data to the store at --out as a new part."),

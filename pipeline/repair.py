@@ -141,7 +141,14 @@ def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[s
         alignment = None if manifest.alignment is None else Alignment.from_json(manifest.alignment)
         codecs = {layer: manifest.codec_of(layer) for layer in manifest.spec.layer_numbers}
         wanted = signal_record(
-            resolved, tokenizer, executor.describe(), manifest.spec, alignment, codecs, manifest.signal["template"]
+            resolved,
+            tokenizer,
+            executor.describe(),
+            manifest.spec,
+            alignment,
+            codecs,
+            manifest.signal["template"],
+            manifest.is_response_only,
         )
         stored = {name: value for name, value in manifest.signal.items() if name != "calibration"}
         refuse_mismatch(storage.location, stored=stored, wanted=wanted, what="the signal")

@@ -167,11 +167,14 @@ def write_store(
     teacher: KVSpec | None = None,
     counts: Sequence[int] | None = None,
     calibration: Calibration | None = None,
+    loss_masks: Mapping[int, np.ndarray] | None = None,
 ) -> Path:
     """A whole committed and compacted store of these samples."""
-    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher, calibration)
+    arrays = ("input_ids",) if loss_masks is None else ("input_ids", "loss_mask")
+    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher, calibration, arrays)
+    beside = {index: {"loss_mask": mask} for index, mask in (loss_masks or {}).items()}
     for shard, indices in enumerate(tasks):
-        write_shard(root, source, manifest, calibration, shard, indices, documents, texts, counts)
+        write_shard(root, source, manifest, calibration, shard, indices, documents, texts, counts, beside)
     compact(locate(root))
     return root
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
@@ -13,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kvstore.reader import KVBatch, Store
+from kvstore.reader import KVBatch, Store, TokenBatch
 from training.losses import IGNORED
 from training.sampler import SampleBatch
 
@@ -24,7 +26,7 @@ class TrainBatch(TypedDict):
     input_ids: Int64[Tensor, "batch token"]
     attention_mask: Int64[Tensor, "batch token"]
     labels: Int64[Tensor, "batch token"]
-    """The same ids, -100 where padded; the loss shifts them."""
+    """The same ids, -100 where padded or not learnt from; the loss shifts them."""
     step: int
     num_predicted: int
     num_targets: int
@@ -70,11 +72,15 @@ class KVDataset(Dataset[ReadBatch]):
         return len(self._store)
 
     def __getitem__(self, index: int) -> ReadBatch:
-        length = int(self._store.samples.num_tokens[index])
+        predicted, compared = (int(learnt[index]) for learnt in self._learnt)
         request = SampleBatch(
-            [index], step=0, num_predicted=length - 1, targets=[index], num_targets=length, num_computed=length - 1
+            [index], step=0, num_predicted=predicted, targets=[index], num_targets=compared, num_computed=predicted
         )
         return self.__getitems__(request)
+
+    @cached_property
+    def _learnt(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._store.count_learnt(1), self._store.count_learnt()
 
     def __getitems__(self, request: SampleBatch) -> ReadBatch:
         """Read one micro-batch: a native read per array, of token ids only where the request wants no targets."""
@@ -86,7 +92,8 @@ class KVDataset(Dataset[ReadBatch]):
 
 
 class KVCollator:
-    """Pads what was read and picks the rows to compare: valid in both sequences and past the attention sinks."""
+    """Pads what was read and picks what is learnt from: the tokens of the loss mask, past the attention sinks where keys and values
+    are compared."""
 
     def __init__(self, *, sink_tokens: int, pad_id: int = 0) -> None:
         self._sink_tokens, self._pad_id = sink_tokens, pad_id
@@ -98,12 +105,14 @@ class KVCollator:
         valid = np.arange(lengths.max()) < lengths[:, None]
         input_ids = np.full(valid.shape, self._pad_id, dtype=np.int64)
         input_ids[valid] = read.tokens.input_ids
+        labels = np.full(valid.shape, IGNORED, dtype=np.int64)
+        labels[valid] = np.where(read.tokens.learnt, read.tokens.input_ids, IGNORED)
         weights = read.request.weights
-        rows, sources = self._rows(lengths, valid.shape[1], read.targets)
+        rows, sources = self._rows(read, valid.shape[1])
         return TrainBatch(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(valid.astype(np.int64)),
-            labels=torch.from_numpy(np.where(valid, input_ids, IGNORED)),
+            labels=torch.from_numpy(labels),
             step=read.request.step,
             num_predicted=read.request.num_predicted,
             num_targets=read.request.num_targets,
@@ -113,17 +122,28 @@ class KVCollator:
             teacher=[(_select(block.key, sources), _select(block.value, sources)) for block in read.targets],
         )
 
-    def _rows(
-        self, lengths: Int64[np.ndarray, "batch"], padded: int, targets: Sequence[KVBatch]
-    ) -> tuple[Int64[Tensor, "row"], Int64[Tensor, "row"]]:
-        """Where the compared positions lie in the padded batch, and where in the targets' packed tokens."""
-        if not targets:
+    def _rows(self, read: ReadBatch, padded: int) -> tuple[Int64[Tensor, "row"], Int64[Tensor, "row"]]:
+        """Where the compared positions lie in the padded batch, and where in the targets' packed tokens.
+
+        The n-th of a sample is compared with the n-th of its target, which but for the control with wrong targets is the same token.
+        """
+        if not read.targets:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        starts = targets[0].cu_seqlens
-        common = np.minimum(lengths, np.diff(starts))[:, None]
-        token = np.arange(padded)
-        sample, token = np.nonzero((token >= self._sink_tokens) & (token < common))
-        return torch.from_numpy(sample * padded + token), torch.from_numpy(starts[sample] + token)
+        own, targets = read.tokens, read.targets[0]
+        rows, sources = [], []
+        for sample, (ours, theirs) in enumerate(zip(self._compared(own), self._compared(targets), strict=True)):
+            common = min(len(ours), len(theirs))
+            rows.append(sample * padded + ours[:common] - own.cu_seqlens[sample])
+            sources.append(theirs[:common])
+        return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(sources))
+
+    def _compared(self, tokens: TokenBatch) -> list[Int64[np.ndarray, "compared"]]:
+        """Of each sample the packed positions that are learnt from and are no attention sinks."""
+        learnt = tokens.learnt
+        return [
+            np.flatnonzero(learnt[first + self._sink_tokens : last]) + first + self._sink_tokens
+            for first, last in itertools.pairwise(tokens.cu_seqlens.tolist())
+        ]
 
 
 def _select(values: np.ndarray, rows: Tensor) -> Tensor:

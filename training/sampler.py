@@ -33,14 +33,17 @@ class SampleTable:
     num_tokens: Int[np.ndarray, "sample"]
     count: Int[np.ndarray, "sample"]
     """How often the data had the sample: its weight in every loss."""
+    predicted: Int64[np.ndarray, "sample"]
+    """Tokens that are predicted: those to be learnt from, but never the first of a sample."""
+    compared: Int64[np.ndarray, "sample"]
+    """Tokens whose keys and values are compared: those to be learnt from that are no attention sinks."""
 
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
-    def predicted(self) -> Int64[np.ndarray, "sample"]:
-        """Tokens of each sample that are predicted: all but the first."""
-        return self.num_tokens.astype(np.int64) - 1
+    def select(self, rows: Int64[np.ndarray, "chosen"]) -> SampleTable:
+        """Some of the samples."""
+        return SampleTable(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 def epoch_order(
@@ -160,8 +163,6 @@ class BatchPlan:
     """Samples are shuffled inside windows of whole shards of at least this many tokens."""
     kv_steps: int
     """Steps, from the first on, that need keys and values."""
-    sink_tokens: int
-    """First positions of a sample that are not compared."""
     shuffle_targets: bool = False
     """Compare every sample with the next one of its global batch: the control with wrong targets."""
 
@@ -266,7 +267,7 @@ class KVBatchSampler:
         plan, table = self._plan, self._table
         targets = np.roll(rows, -1) if plan.shuffle_targets else rows
         count, predicted = table.count[rows].astype(np.int64), table.predicted[rows]
-        compared = np.minimum(table.num_tokens[rows], table.num_tokens[targets]).astype(np.int64) - plan.sink_tokens
+        compared = np.minimum(table.compared[rows], table.compared[targets])
         with_kv = step < plan.kv_steps
         for first in range(self._rank * self.batch_size, plan.batch_size, self._world_size * self.batch_size):
             micro = slice(first, first + self.batch_size)
@@ -275,7 +276,7 @@ class KVBatchSampler:
                 step=step,
                 num_predicted=int((count * predicted).sum()),
                 targets=table.index[targets[micro]].tolist() if with_kv else None,
-                num_targets=int((count * compared.clip(min=0)).sum()) if with_kv else 0,
+                num_targets=int((count * compared).sum()) if with_kv else 0,
                 num_computed=int(predicted.sum()),
                 weights=_weights(count[micro]),
             )

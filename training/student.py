@@ -54,11 +54,16 @@ def prepare_student(name: str, store: Store, tokenizer: PreTrainedTokenizerBase,
     return model.to(torch.float32)
 
 
-def predicted_bytes(tokenizer: PreTrainedTokenizerBase, samples: Iterable[list[int]], weights: Iterable[int]) -> int:
-    """UTF-8 bytes of text in the tokens that are predicted, all of a sample but its first, times the sample's weight."""
+def predicted_bytes(tokenizer: PreTrainedTokenizerBase, runs: Iterable[tuple[list[int], int]]) -> int:
+    """UTF-8 bytes of text in the tokens that are predicted.
+
+    Args:
+        runs: tokens that follow each other and are predicted, all but the first, which is what comes before them; and how often
+            each run counts.
+    """
 
     def size(tokens: list[int]) -> int:
         text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(text.encode())
 
-    return sum(weight * (size(tokens) - size(tokens[:1])) for tokens, weight in zip(samples, weights, strict=True))
+    return sum(weight * (size(tokens) - size(tokens[:1])) for tokens, weight in runs)

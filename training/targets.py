@@ -149,19 +149,21 @@ def measure_variances(
 ) -> Float64[np.ndarray, "layer 2"]:
     """Mean over channels of the variance about the channel's mean, of every layer's target keys and values.
 
-    Measured on the store's first samples, weighted by their counts, sinks left out: a pure function of store, map and
-    `sink_tokens`.
+    Measured on the store's first samples, weighted by their counts, on tokens to be learnt from without the sinks: a pure function
+    of store, map and `sink_tokens`.
 
     Raises:
         ValueError: a target does not vary, so no distance to it can be scaled.
     """
     dataset = KVDataset(store, targets.alignment.teacher_layers)
     sums = [[_ChannelSums(), _ChannelSums()] for _ in targets.pairs]
-    for samples in _first_samples(store.samples.num_tokens, num_tokens):
+    for samples in _first_samples(store.samples.num_tokens, store.count_learnt(sink_tokens), num_tokens):
         request = SampleBatch(samples, step=0, num_predicted=0, targets=samples, num_targets=0, num_computed=0)
         read = dataset.__getitems__(request)
         starts = read.tokens.cu_seqlens
+        learnt = read.tokens.learnt
         keep = np.concatenate([np.arange(first + sink_tokens, last) for first, last in itertools.pairwise(starts)])
+        keep = keep[learnt[keep]]
         weights = np.repeat(store.samples.count[samples], np.diff(starts))[keep]
         blocks = [(torch.from_numpy(block.key[:, keep]), torch.from_numpy(block.value[:, keep])) for block in read.targets]
         for layer, pair in enumerate(targets.teacher_side(unstack(dataset.blocks, blocks))):
@@ -178,17 +180,19 @@ def measure_variances(
     return variances
 
 
-def _first_samples(lengths: np.ndarray, num_tokens: int) -> list[list[int]]:
-    """The first samples that have so many tokens together, in groups small enough to be read at once."""
+def _first_samples(lengths: np.ndarray, compared: np.ndarray, num_tokens: int) -> list[list[int]]:
+    """The first samples that have so many compared tokens together, in groups small enough to be read at once."""
     groups: list[list[int]] = []
     total = filled = 0
     for sample, length in enumerate(lengths):
+        if compared[sample] == 0:
+            continue
         if not groups or filled >= _READ_TOKENS:
             groups.append([])
             filled = 0
         groups[-1].append(sample)
         filled += int(length)
-        total += int(length)
+        total += int(compared[sample])
         if total >= num_tokens:
             break
     return groups

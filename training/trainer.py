@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -117,8 +118,16 @@ def _plan_data(
 ) -> TrainData:
     """Split the store and plan this rank's batches."""
     samples = store.samples
+    table = SampleTable(
+        np.arange(len(samples)),
+        samples.shard,
+        samples.num_tokens,
+        samples.count,
+        predicted=store.count_learnt(1),
+        compared=store.count_learnt(config.sink_tokens),
+    )
     train, held_out = (
-        SampleTable(chosen, samples.shard[chosen], samples.num_tokens[chosen], samples.count[chosen])
+        table.select(chosen)
         for chosen in split_held_out(
             samples.ids,
             samples.source,
@@ -127,12 +136,17 @@ def _plan_data(
             max_tokens=config.eval_max_tokens,
         )
     )
+    for name, part in (("train on", train), ("hold out", held_out)):
+        if len(part) and not part.predicted.any():
+            raise ValueError(
+                f"{store.location}: got {len(part)} samples to {name} without a token to learn from, all have loss_mask 0; expected "
+                "responses in them; store more conversations, or hold out other ones with --set eval_fraction=..."
+            )
     plan = BatchPlan(
         batch_size=config.batch_size,
         seed=config.seed,
         window_tokens=max(config.shuffle_window_bytes // (4 * store.spec.values_per_token), 1),
         kv_steps=config.kv_steps,
-        sink_tokens=config.sink_tokens,
         shuffle_targets=config.shuffle_targets,
     )
     rank, world_size = _rank()
@@ -146,17 +160,22 @@ def _plan_data(
         num_train=len(train),
         num_held_out=len(held_out),
         held_out_tokens=int((held_out.count * held_out.predicted).sum()),
-        held_out_bytes=predicted_bytes(tokenizer, _token_ids(store, held_out.index.tolist()), held_out.count.tolist()),
+        held_out_bytes=predicted_bytes(tokenizer, _predicted_runs(store, held_out)),
         collator=KVCollator(sink_tokens=config.sink_tokens, pad_id=tokenizer.pad_token_id or 0),
     )
 
 
-def _token_ids(store: Store, samples: list[int]) -> Iterator[list[int]]:
-    """Token ids of these samples, a few read at a time."""
-    for first in range(0, len(samples), _SAMPLES_PER_READ):
-        read = store.read(samples[first : first + _SAMPLES_PER_READ], layers=())
-        for start, end in itertools.pairwise(read.cu_seqlens):
-            yield read.input_ids[start:end].tolist()
+def _predicted_runs(store: Store, table: SampleTable) -> Iterator[tuple[list[int], int]]:
+    """Runs of predicted tokens, each after the token before it, with the weights of their samples; a few samples read at a time."""
+    for first in range(0, len(table), _SAMPLES_PER_READ):
+        rows = slice(first, first + _SAMPLES_PER_READ)
+        read = store.read(table.index[rows], layers=())
+        for (start, end), weight in zip(itertools.pairwise(read.cu_seqlens.tolist()), table.count[rows].tolist(), strict=True):
+            predicted = read.learnt[start:end].astype(np.int8)
+            predicted[0] = 0
+            edges = np.flatnonzero(np.diff(predicted, append=0)) + 1
+            for begin, stop in edges.reshape(-1, 2).tolist():
+                yield read.input_ids[start + begin - 1 : start + stop].tolist(), weight
 
 
 def _begin(config: TrainConfig, folder: RunFolder, store: Store, objective: KVObjective | None) -> Path | None:

@@ -45,6 +45,7 @@ from kvstore.repeats import write_repeats
 from kvstore.rewrite import merge_stores, recode_store
 from kvstore.samples import compact
 from kvstore.storage import locate
+from kvstore.verify import verify_store
 from pipeline.monitor.progress import Progress
 from pipeline.worker import TaskResult
 from tests.stores import Source, begin_store, random_source, small_spec, write_shard, write_store
@@ -864,6 +865,41 @@ def test_a_store_may_say_more_of_each_token(source: Source, tmp_path: Path) -> N
         write_shard(
             tmp_path / "plain", source, *begin_store(tmp_path / "plain", source)[:2], 0, tasks[0], beside={0: {"role": role}}
         )
+
+
+@rule("3.13")
+@pytest.mark.parametrize("codec", ["mix", "raw", "q8"])
+def test_of_a_response_only_store_codes_of_other_tokens_are_the_fill_value(codec: str, source: Source, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    masks = {index: (rng.random(length) < 0.4).astype(np.uint8) for index, length in enumerate(LENGTHS)}
+    whole, part = (
+        open_store(write_store(tmp_path / name, source, codec, signal=signal, loss_masks=masks))
+        for name, signal in (("whole", None), ("part", {"response_only": True}))
+    )
+    assert (whole.manifest.is_response_only, part.manifest.is_response_only) == (False, True)
+    everything, learnt = whole.read_codes(range(len(whole))), part.read_codes(range(len(part)))
+    assert 0 < learnt.learnt.sum() < len(learnt.learnt)
+    for (path, kind), codes in learnt.codes.items():
+        group = zarr.open_group(str(tmp_path / "part/kv.zarr" / path), mode="r")
+        fill_value = group[kind if kind in group else f"{kind}_byte"].fill_value
+        np.testing.assert_array_equal(codes[:, learnt.learnt], everything.codes[path, kind][:, learnt.learnt])
+        assert (codes[:, ~learnt.learnt].astype(np.float32) == np.float32(fill_value)).all()
+    assert verify_store(str(tmp_path / "part"), deep=True).problems == ()
+    assert describe(part)["stored_bytes"] < 0.7 * describe(whole)["stored_bytes"]
+    reseal(tmp_path / "part/manifest.json", token_arrays=["input_ids"])
+    with pytest.raises(StoreFormatError, match=r"response_only without a loss_mask among token_arrays"):
+        open_store(tmp_path / "part")
+
+
+@pytest.mark.parametrize("skip", [0, 1, 4, 1000])
+def test_tokens_to_be_learnt_from_are_counted(skip: int, source: Source, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    masks = {index: (rng.random(length) < 0.3).astype(np.uint8) for index, length in enumerate(LENGTHS) if index}
+    store = open_store(write_store(tmp_path / "masked", source, loss_masks=masks))
+    expected = [int(store.read([index], layers=()).beside["loss_mask"][skip:].sum()) for index in range(len(store))]
+    assert store.count_learnt(skip).tolist() == expected
+    plain = open_store(write_store(tmp_path / "plain", source))
+    assert plain.count_learnt(skip).tolist() == [max(length - skip, 0) for length in plain.samples.num_tokens.tolist()]
 
 
 @rule("10.2", "10.3")

@@ -19,7 +19,7 @@ import zarr
 from kvstore import FingerprintMismatchError, open_store
 from kvstore.describe import describe
 from kvstore.drop import drop_samples
-from kvstore.rewrite import merge_stores
+from kvstore.rewrite import merge_stores, recode_store
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from pipeline.budget import END_BYTES, store_bytes
@@ -346,6 +346,68 @@ def test_a_store_of_conversations_says_who_said_each_token_to_any_zarr_tool(chat
     batch = open_store(chat_store).read([3, 1])
     np.testing.assert_array_equal(batch.beside["loss_mask"], batch.beside["role"] == ROLES.index("assistant"))
     assert 0 < batch.beside["loss_mask"].sum() < len(batch.input_ids)
+
+
+@pytest.fixture(scope="module")
+def part_store(chat_teacher: Path, chats: Path, folder: Path) -> Path:
+    run(chat_teacher, chats, folder / "part-store", response_only=True)
+    return folder / "part-store"
+
+
+def test_a_response_only_store_has_keys_and_values_of_the_assistants_tokens_alone(
+    chat_store: Path, part_store: Path, chat_teacher: Path, chats: Path
+) -> None:
+    whole, part = open_store(chat_store), open_store(part_store)
+    assert whole.samples.ids == part.samples.ids
+    everything, learnt = whole.read_codes(range(len(whole))), part.read_codes(range(len(part)))
+    np.testing.assert_array_equal(everything.input_ids, learnt.input_ids)
+    np.testing.assert_array_equal(everything.learnt, learnt.learnt)
+    for where, codes in learnt.codes.items():
+        np.testing.assert_array_equal(codes[:, learnt.learnt], everything.codes[where][:, learnt.learnt])
+        assert np.unique(codes[:, ~learnt.learnt]).size == 1
+    assert describe(part)["stored_bytes"] < describe(whole)["stored_bytes"]
+    assert json.loads((part_store / "gate.json").read_text())["after"]["passed"]
+    assert verify_store(str(part_store), deep=True).problems == ()
+    before = state(part_store)
+    run(chat_teacher, chats, part_store, response_only=True)
+    assert state(part_store) == before
+    with pytest.raises(FingerprintMismatchError, match=r"response_only"):
+        run(chat_teacher, chats, part_store)
+
+
+def test_a_response_only_store_can_be_recoded_merged_and_repaired(part_store: Path, tmp_path: Path) -> None:
+    recode_store(str(part_store), "q4z", str(tmp_path / "recoded"))
+    recoded = open_store(tmp_path / "recoded")
+    batch = recoded.read_codes(range(len(recoded)))
+    for codes in batch.codes.values():
+        assert np.unique(codes[:, ~batch.learnt]).size == 1
+    first, second = (open_store(path).samples.fidelity()["0"] for path in (part_store, tmp_path / "recoded"))
+    for kind in ("key", "value"):  # the errors of both codecs, added
+        assert first[kind]["centred_error"] < second[kind]["centred_error"] < first[kind]["centred_error"] + 0.13
+    one, other = copy(part_store, tmp_path / "one"), copy(part_store, tmp_path / "other")
+    merge_stores([str(one), str(other)], str(tmp_path / "merged"))
+    expected = codes_by_id(open_store(part_store))
+    assert codes_by_id(open_store(tmp_path / "merged")) == expected
+    (damaged,) = sorted((other / "kv.zarr/key/c").rglob("0"))[-1:]
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    repair_store(str(other))
+    assert codes_by_id(open_store(other)) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([{"text": "plain text"}], "plain text"),
+        ([{"messages": [{"role": "user", "content": "anyone here?"}]}], "conversations in which no assistant speaks"),
+    ],
+)
+def test_response_only_of_data_without_responses_is_refused(
+    rows: list[dict[str, Any]], found: str, chat_teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"--response-only: got {found} .*, expected conversations with the assistant's turns"):
+        run(chat_teacher, tmp_path / "data.jsonl", tmp_path / "store", response_only=True)
+    assert not (tmp_path / "store").exists()
 
 
 def test_masks_survive_merging_dropping_and_repair(chat_teacher: Path, chats: Path, chat_store: Path, tmp_path: Path) -> None:

@@ -37,9 +37,10 @@ def request(samples: Sequence[int], targets: Sequence[int] | None = None, weight
     return SampleBatch(samples, step=7, num_predicted=11, targets=targets, num_targets=13, num_computed=10, weights=weights)
 
 
-def table_of(store: Store) -> SampleTable:
+def table_of(store: Store, sink_tokens: int = 1) -> SampleTable:
     samples = store.samples
-    return SampleTable(np.arange(len(samples)), samples.shard, samples.num_tokens, samples.count)
+    learnt = store.count_learnt(1), store.count_learnt(sink_tokens)
+    return SampleTable(np.arange(len(samples)), samples.shard, samples.num_tokens, samples.count, *learnt)
 
 
 def load(dataset: KVDataset, batch: SampleBatch, sink_tokens: int = 0) -> TrainBatch:
@@ -91,13 +92,48 @@ def test_shuffled_targets_bring_another_samples_keys_and_values_to_the_same_posi
 
 
 def test_the_rows_are_as_many_as_the_sampler_counted(store: Store) -> None:
-    table = table_of(store)
+    table = table_of(store, sink_tokens=4)
     for shuffle in (False, True):
-        plan = BatchPlan(batch_size=6, seed=3, window_tokens=1, kv_steps=9, sink_tokens=4, shuffle_targets=shuffle)
+        plan = BatchPlan(batch_size=6, seed=3, window_tokens=1, kv_steps=9, shuffle_targets=shuffle)
         (batch,) = KVBatchSampler(table, plan)
         loaded = load(KVDataset(store, (0,)), batch, sink_tokens=4)
         assert len(loaded["rows"]) == loaded["num_targets"] > 0
         assert int((loaded["labels"][:, 1:] != IGNORED).sum()) == loaded["num_predicted"]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory, numbers: Source) -> Store:
+    """Sample i has every (i + 2)-nd token masked out, sample 3 its only one."""
+    masks = {index: (np.arange(length) % (index + 2) != 0).astype(np.uint8) for index, length in enumerate(LENGTHS)}
+    root = tmp_path_factory.mktemp("masked")
+    return open_store(write_store(root, numbers, "raw", signal={"response_only": True}, loss_masks=masks))
+
+
+def test_tokens_not_to_be_learnt_from_have_no_labels_and_no_rows(masked: Store, numbers: Source) -> None:
+    samples = [4, 3, 0]
+    batch = load(KVDataset(masked, (1,)), request(samples, samples), sink_tokens=2)
+    learnt = [[token for token in range(LENGTHS[sample]) if token % (sample + 2)] for sample in samples]
+    labels = [
+        [int(numbers.input_ids[sample][token]) if token in learnt[row] else IGNORED for token in range(LENGTHS[sample])]
+        for row, sample in enumerate(samples)
+    ]
+    assert batch["labels"].tolist() == [row + [IGNORED] * (12 - len(row)) for row in labels]
+    compared = [(row, token) for row, tokens in enumerate(learnt) for token in tokens if token >= 2]
+    assert [divmod(row, 12) for row in batch["rows"].tolist()] == compared
+    ((keys, values),) = batch["teacher"]
+    for place, (row, token) in enumerate(compared):
+        key, value = numbers.kv[samples[row]][1]
+        assert np.array_equal(keys[0, place].numpy(), key[token])
+        assert np.array_equal(values[0, place].numpy(), value[token])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_sampler_counts_what_the_loss_mask_leaves(masked: Store, shuffle: bool) -> None:
+    plan = BatchPlan(batch_size=3, seed=1, window_tokens=1, kv_steps=9, shuffle_targets=shuffle)
+    for request in KVBatchSampler(table_of(masked, sink_tokens=2), plan):
+        batch = load(KVDataset(masked, (0,)), request, sink_tokens=2)
+        assert len(batch["rows"]) == batch["num_targets"]
+        assert int((batch["labels"][:, 1:] != IGNORED).sum()) == batch["num_predicted"]
 
 
 class Recording(Store):
@@ -161,7 +197,7 @@ def test_the_dataset_pickles_and_reads_the_same_elsewhere(store: Store) -> None:
 @pytest.mark.slow
 def test_worker_processes_deliver_the_same_batches_in_the_same_order(store: Store) -> None:
     table = table_of(store)
-    plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=2, sink_tokens=1)
+    plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=2)
     sampler, collator = KVBatchSampler(table, plan), KVCollator(sink_tokens=1)
     loaders = [
         DataLoader(
@@ -182,7 +218,7 @@ def test_worker_processes_deliver_the_same_batches_in_the_same_order(store: Stor
 
 def test_the_loader_hands_the_epoch_to_its_sampler(store: Store) -> None:
     table = table_of(store)
-    plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=0, sink_tokens=1)
+    plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=0)
     loader = KVDataLoader(KVDataset(store, ()), batch_sampler=KVBatchSampler(table, plan), collate_fn=KVCollator(sink_tokens=1))
     first = [batch["input_ids"].tolist() for batch in loader]
     loader.set_epoch(1)

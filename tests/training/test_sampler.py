@@ -24,15 +24,20 @@ from training.sampler import (
     split_held_out,
 )
 
+SINK_TOKENS = 4
+
 
 def table(num_samples: int, per_shard: int = 4, seed: int = 0) -> SampleTable:
     """Samples with store numbers that are no positions, in shards of equal size, of lengths 1 to 40."""
     rng = np.random.default_rng(seed)
+    num_tokens = rng.integers(1, 41, size=num_samples)
     return SampleTable(
         index=np.arange(num_samples, dtype=np.int64) * 3 + 100,
         shard=np.arange(num_samples) // per_shard,
-        num_tokens=rng.integers(1, 41, size=num_samples),
+        num_tokens=num_tokens,
         count=rng.choice([1, 1, 1, 2, 7], size=num_samples),
+        predicted=num_tokens - 1,
+        compared=np.maximum(num_tokens - SINK_TOKENS, 0),
     )
 
 
@@ -43,11 +48,13 @@ def table_of(num_tokens: Sequence[int], count: Sequence[int]) -> SampleTable:
         shard=np.zeros(len(num_tokens), dtype=np.int32),
         num_tokens=np.array(num_tokens, dtype=np.int32),
         count=np.array(count, dtype=np.int32),
+        predicted=np.array(num_tokens, dtype=np.int64) - 1,
+        compared=np.maximum(np.array(num_tokens, dtype=np.int64) - SINK_TOKENS, 0),
     )
 
 
 def plan(**over: Any) -> BatchPlan:
-    return BatchPlan(**{"batch_size": 4, "seed": 0, "window_tokens": 60, "kv_steps": 1000, "sink_tokens": 4, **over})
+    return BatchPlan(**{"batch_size": 4, "seed": 0, "window_tokens": 60, "kv_steps": 1000, **over})
 
 
 def batches(samples: SampleTable, plan: BatchPlan, epoch: int = 0, **over: Any) -> list[SampleBatch]:
@@ -144,7 +151,7 @@ def test_steps_count_on_over_epochs_and_targets_end_with_the_kv_phase() -> None:
 
 
 def test_a_step_counts_its_predicted_and_its_compared_tokens() -> None:
-    (batch,) = batches(table_of([1, 3, 6, 10], [1, 1, 1, 1]), plan(sink_tokens=4))
+    (batch,) = batches(table_of([1, 3, 6, 10], [1, 1, 1, 1]), plan())
     assert batch.num_predicted == batch.num_computed == 0 + 2 + 5 + 9
     assert batch.num_targets == 0 + 0 + 2 + 6
     assert batch.targets == list(batch)
@@ -152,7 +159,7 @@ def test_a_step_counts_its_predicted_and_its_compared_tokens() -> None:
 
 
 def test_a_sample_the_data_had_three_times_counts_three_times_but_is_computed_once() -> None:
-    (batch,) = batches(table_of([1, 3, 6, 10], [9, 2, 3, 1]), plan(sink_tokens=4))
+    (batch,) = batches(table_of([1, 3, 6, 10], [9, 2, 3, 1]), plan())
     assert batch.num_predicted == 9 * 0 + 2 * 2 + 3 * 5 + 9
     assert batch.num_targets == 9 * 0 + 2 * 0 + 3 * 2 + 6
     assert batch.num_computed == 0 + 2 + 5 + 9

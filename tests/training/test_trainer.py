@@ -99,12 +99,41 @@ def test_the_saved_student_has_the_held_out_loss_of_the_summary_under_plain_tran
     assert model.config.use_cache, "the Trainer switches the cache off; the saved student must generate with one"
 
 
+def test_only_tokens_of_the_loss_mask_are_learnt_from(
+    student: str, source: Source, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    masks = {index: (np.arange(len(ids)) % 7 > 2).astype(np.uint8) for index, ids in enumerate(source.input_ids)}
+    path = write_store(
+        tmp_path / "kv", source, "raw", signal={"response_only": True}, tokenizer=tokenizer_folder, loss_masks=masks
+    )
+    summary = run_training(settings(path, student, tmp_path / "run", steps=2))
+    model = AutoModelForCausalLM.from_pretrained(summary.out / "model").eval()
+    _, held_out = train_samples(open_store(path))
+    total, predicted, size = 0.0, 0, 0
+    for index in held_out:
+        ids = torch.from_numpy(source.input_ids[index].astype(np.int64))
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), dim=-1)
+        learnt = [token for token in range(1, len(ids)) if masks[index][token]]
+        total -= sum(float(scores[token - 1, ids[token]]) for token in learnt)
+        predicted += len(learnt)
+        size += len(byte_tokenizer().decode(ids[learnt]).encode())
+    assert summary.eval_loss == pytest.approx(total / predicted, rel=1e-5)
+    assert summary.eval_nats_per_byte == pytest.approx(total / size, rel=0.05), "a character may be cut by the mask"
+    nothing = {index: np.zeros_like(mask) for index, mask in masks.items()}
+    path = write_store(tmp_path / "nothing", source, "raw", tokenizer=tokenizer_folder, loss_masks=nothing)
+    with pytest.raises(ValueError, match=r"samples to train on without a token to learn from, all have loss_mask 0"):
+        run_training(settings(path, student, tmp_path / "nothing-run", ce_only=True))
+
+
 def test_the_first_step_has_the_written_out_losses(plain: TrainSummary, store_path: Path, student: str, source: Source) -> None:
     store = open_store(store_path)
     train, _ = train_samples(store)
     samples = store.samples
-    table = SampleTable(train, samples.shard[train], samples.num_tokens[train], samples.count[train])
-    plan = BatchPlan(batch_size=8, seed=0, window_tokens=2**40, kv_steps=KV_STEPS, sink_tokens=4)
+    table = SampleTable(
+        np.arange(len(samples)), samples.shard, samples.num_tokens, samples.count, store.count_learnt(1), store.count_learnt(4)
+    ).select(train)
+    plan = BatchPlan(batch_size=8, seed=0, window_tokens=2**40, kv_steps=KV_STEPS)
     first = next(iter(KVBatchSampler(table, plan)))
     model, _ = build_student(student, vocab_size=len(byte_tokenizer()), seed=0)
     spec = probe_kv_spec(model)
