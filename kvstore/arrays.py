@@ -6,6 +6,7 @@ Everything else goes through tensorstore on the same files. Knows no samples and
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,29 +213,37 @@ def unreachable(error: ValueError) -> bool:
     return "retry attempts failed" in text or text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED"))
 
 
-def encode_shard(document: Mapping[str, Any], codes: np.ndarray) -> bytes:
-    """The object of one shard, made in memory; every chunk that `codes` reach is stored, all-zero ones too.
+def encode_shard(document: Mapping[str, Any], codes: np.ndarray, folder: Path) -> Path:
+    """The object of one shard, made in a folder of its own; every chunk that `codes` reach is stored, all-zero ones too.
+
+    In a file and not in memory, for to bring it from there to Python copies it while no other thread can run.
 
     Args:
         document: zarr.json of the array.
         codes: the shard's numbers, or those of its first tokens.
+
+    Raises:
+        OSError: there is no room.
     """
-    array = ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": {"driver": "memory"},
-            "metadata": resized(document, _shard_tokens(document)),
-            "store_data_equal_to_fill_value": True,
-        },
-        create=True,
-        context=ts.Context(),
-    ).result()
     region = tuple(slice(0, length) for length in codes.shape)
-    array[region].write(codes, can_reference_source_data_indefinitely=True).result()
-    files = array.kvstore
-    assert files is not None
-    (shard,) = (key for key in files.list().result() if key != b"zarr.json")
-    return bytes(files.read(shard).result().value)
+    try:
+        array = ts.open(
+            {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{folder}/"},
+                "metadata": resized(document, _shard_tokens(document)),
+                "store_data_equal_to_fill_value": True,
+                # Whoever puts the file in place syncs it, and the folder is ours alone.
+                "context": {"file_io_sync": False, "file_io_locking": {"mode": "none"}},
+            },
+            create=True,
+            context=ts.Context(),
+        ).result()
+        array[region].write(codes, can_reference_source_data_indefinitely=True).result()
+    except ValueError as error:  # of tensorstore whatever went wrong
+        raise OSError(str(error)) from error
+    (shard,) = (path for path in (folder / "c").rglob("*") if path.is_file())
+    return shard
 
 
 def _open(kvstore: dict[str, Any], context: ts.Context | None) -> ts.TensorStore:
@@ -306,7 +315,7 @@ def _token_axis(document: Mapping[str, Any]) -> int:
     return list(document["dimension_names"]).index("token")
 
 
-def chunk_bytes(shard: bytes, num_layers: int, chunks_per_layer: int) -> list[int]:
+def chunk_bytes(shard: bytes | mmap.mmap, num_layers: int, chunks_per_layer: int) -> list[int]:
     """Stored bytes of each layer, from the index at the end of a Zarr shard (offset and size of every inner chunk)."""
     count = num_layers * chunks_per_layer
     index = np.frombuffer(shard, dtype="<u8", count=2 * count, offset=len(shard) - (16 * count + 4))

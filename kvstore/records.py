@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def read_sealed(storage: Storage, key: str) -> dict[str, Any]:
     return dict(record)
 
 
-def bytes_sha256(content: bytes) -> str:
+def bytes_sha256(content: bytes | mmap.mmap) -> str:
     """sha256 in hex."""
     return hashlib.sha256(content).hexdigest()
 

@@ -6,7 +6,9 @@ arrays.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -56,7 +58,7 @@ def end_to_end(spans: Iterable[tuple[int, int]]) -> list[Placed]:
 class ShardWriter:
     """Collects the samples of one shard as codes and commits them.
 
-    Holds the codes of one shard in memory, and while it commits the compressed object of one array. Not safe between threads; one
+    Holds the codes of one shard in memory, and while it commits the compressed object of one array on disk. Not safe between threads; one
     writer per shard and process.
     """
 
@@ -255,21 +257,23 @@ class ShardWriter:
             return objects, bits
         for group, kind, array, codes in self._arrays():
             document = read_metadata(self._storage, self.manifest, f"{array}/zarr.json")
-            content = encode_shard(document, codes[:used] if group is None else codes[:, :used])
-            if group is not None and kind is not None:
-                sizes = chunk_bytes(content, len(group.layers), self.manifest.layout.shard_tokens // chunk)
-                bits.update({(layer, kind): 8.0 * size for layer, size in zip(group.layers, sizes, strict=True)})
-            stored = StoredObject(
-                path=shard_key(array, self.shard),
-                size_bytes=len(content),
-                sha256=bytes_sha256(content),
-                index_sha256=bytes_sha256(content[-index_bytes(self.manifest, array) :]),
-            )
-            self._publish(content, stored, replace)
+            with self._storage.scratch(f"shard-{self.shard:05d}") as folder:
+                file = encode_shard(document, codes[:used] if group is None else codes[:, :used], folder)
+                with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    if group is not None and kind is not None:
+                        sizes = chunk_bytes(content, len(group.layers), self.manifest.layout.shard_tokens // chunk)
+                        bits.update({(layer, kind): 8.0 * size for layer, size in zip(group.layers, sizes, strict=True)})
+                    stored = StoredObject(
+                        path=shard_key(array, self.shard),
+                        size_bytes=len(content),
+                        sha256=bytes_sha256(content),
+                        index_sha256=bytes_sha256(content[-index_bytes(self.manifest, array) :]),
+                    )
+                self._publish(file, stored, replace)
             objects.append(stored)
         return objects, bits
 
-    def _publish(self, content: bytes, stored: StoredObject, replace: bool) -> None:
+    def _publish(self, content: Path, stored: StoredObject, replace: bool) -> None:
         """Put an object in place. One that is there already without a commit is a dead writer's, or our twin's with these bits."""
         if not self._storage.write(stored.path, content, replace=replace) and (
             bytes_sha256(self._storage.read(stored.path)) != stored.sha256

@@ -23,8 +23,8 @@ from kvstore.codec import KINDS, Encoded, Kind, encode_measured
 from kvstore.manifest import Manifest
 from kvstore.writer import Placed, ShardWriter
 
-QUEUE_BYTES = 256 * 2**20
-"""Codes on their way from a GPU, in pinned memory: about what a 7B teacher gives in a second."""
+QUEUE_BYTES = 512 * 2**20
+"""Codes on their way from a GPU, in pinned memory: those of a whole shard, so that the model need not wait for them to be put there."""
 
 _CUDA: Any = torch.cuda  # its classes have no types
 _OnDevice = tuple[Tensor, Tensor] | tuple[None, None]

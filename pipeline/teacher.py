@@ -181,7 +181,7 @@ class Teacher:
     def _fits(self, batch: Batch, layers: Sequence[int], alignment: Alignment | None, on_layer: OnLayer) -> bool:
         """Run one batch; False when memory did not suffice."""
         filled = batch.filled()
-        index = None if filled is None else torch.from_numpy(filled).to(self.model.device)
+        index = None if filled is None else self._to_device(torch.from_numpy(filled))
 
         def take(layer: int, key: Tensor, value: Tensor) -> None:
             key_THD, value_THD = _end_to_end(key, index), _end_to_end(value, index)
@@ -203,10 +203,12 @@ class Teacher:
         return fits
 
     def _capture(self, input_ids: Tensor, layers: Sequence[int], take: Callable[[int, Tensor, Tensor], None]) -> None:
+        capture_kv(self.model, self.spec, self._to_device(input_ids), layers=layers, on_layer=take)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
         if self.model.device.type == "cuda":
-            input_ids = input_ids.pin_memory()  # else the copy waits for the forward pass before it, and the GPU for this one
-        input_ids = input_ids.to(self.model.device, non_blocking=True)
-        capture_kv(self.model, self.spec, input_ids, layers=layers, on_layer=take)
+            tensor = tensor.pin_memory()  # else the copy waits for the forward pass before it, and the GPU for this one
+        return tensor.to(self.model.device, non_blocking=True)
 
     def _memory_share(self, layers: Sequence[int], rows: int, width: int) -> float:
         """How much of a GPU's free memory a forward pass takes at its peak; of several GPUs the fullest."""

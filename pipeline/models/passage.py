@@ -6,6 +6,7 @@ Knows a spec and the tables a module rotated by; does not know how they were com
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from kvstore.spec import KVSpec, RopeSpec
 from pipeline.models.attention import CaptureError
-from pipeline.models.rotary import RotaryTables, rotary_tables, rotate, unrotate
+from pipeline.models.rotary import Layouts, RotaryTables, rotary_tables, rotate, unrotate
 
 KeyValue = tuple[Float[Tensor, "batch kv_head token key_dim"], Float[Tensor, "batch kv_head token value_dim"]]
 
@@ -44,12 +45,17 @@ class Passage:
         return key, value
 
 
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layouts] = weakref.WeakKeyDictionary()
+"""Found in the first forward of a model, so that later ones need not wait for the device."""
+
+
 class Passages:
     """The passages of the forward that is running; to be cleared before the next."""
 
     def __init__(self, model: nn.Module, spec: KVSpec) -> None:
         self._model = type(model).__name__
         self._spec = spec
+        self._layouts = _LAYOUTS.setdefault(model, {})
         self._tables: dict[int, tuple[object, RotaryTables]] = {}
 
     def clear(self) -> None:
@@ -74,10 +80,10 @@ class Passages:
         return Passage(repeats=repeats, rotation=rotation, latent=expected.latent)
 
     def _tables_of(self, layer: int, rope: RopeSpec, tables: object) -> RotaryTables:
-        # Layers share one object per forward; comparing its halves costs a device synchronisation, so do it once.
+        # Layers share one object per forward.
         known = self._tables.get(id(tables))
         if known is None:
-            found = rotary_tables(tables, rope.rotary_dim // 2)
+            found = rotary_tables(tables, rope.rotary_dim // 2, self._layouts)
             if found is None:
                 raise CaptureError(
                     f"{self._model}: layer {layer} was given no rotary table of {rope.rotary_dim // 2} "

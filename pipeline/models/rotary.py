@@ -15,7 +15,13 @@ RotaryTables = tuple[Float[Tensor, "#batch token freq"], Float[Tensor, "#batch t
 """Cosine and sine of every frequency at every position, in float32; one row where all sequences start at 0."""
 
 
-def rotary_tables(position_embeddings: object, num_freqs: int | None = None) -> RotaryTables | None:
+Layouts = dict[tuple[int, int | None], slice]
+"""Where in tables of that width each of that many frequencies stands once, as far as it is known of a model."""
+
+
+def rotary_tables(
+    position_embeddings: object, num_freqs: int | None = None, layouts: Layouts | None = None
+) -> RotaryTables | None:
     """Bring what a model calls `position_embeddings` into one form; None if it is no rotary table.
 
     Models hand over each frequency once (gpt-oss), twice in blocks `f g f g` (Llama), twice in pairs `f f g g` (Cohere),
@@ -23,6 +29,7 @@ def rotary_tables(position_embeddings: object, num_freqs: int | None = None) -> 
 
     Args:
         num_freqs: how many frequencies there are; found from the values if None, which takes a few positions to be sure.
+        layouts: what is known of the model, and is added to once values leave no doubt. To look at values waits for the device.
     """
     if isinstance(position_embeddings, Tensor) and position_embeddings.is_complex():
         cos, sin = position_embeddings.real, position_embeddings.imag
@@ -35,11 +42,19 @@ def rotary_tables(position_embeddings: object, num_freqs: int | None = None) -> 
     cos, sin = cos.float(), sin.float()
     width = cos.shape[-1]
     if width != num_freqs:
-        half = width // 2
-        for first, second in ((slice(half), slice(half, None)), (slice(0, None, 2), slice(1, None, 2))):
-            if torch.equal(cos[..., first], cos[..., second]) and torch.equal(sin[..., first], sin[..., second]):
-                cos, sin = cos[..., first], sin[..., first]
-                break
+        layouts = {} if layouts is None else layouts
+        once = layouts.get((width, num_freqs))
+        if once is None:
+            half = width // 2
+            fitting = [
+                first
+                for first, second in ((slice(half), slice(half, None)), (slice(0, None, 2), slice(1, None, 2)))
+                if torch.equal(cos[..., first], cos[..., second]) and torch.equal(sin[..., first], sin[..., second])
+            ]
+            once = fitting[0] if fitting else slice(None)
+            if len(fitting) == 1:
+                layouts[width, num_freqs] = once
+        cos, sin = cos[..., once], sin[..., once]
     return (cos, sin) if num_freqs in (None, cos.shape[-1]) else None
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvstore.spec import RopeKind, RopeSpec
-from pipeline.models.rotary import rotary_tables, rotate, unrotate
+from pipeline.models.rotary import Layouts, rotary_tables, rotate, unrotate
 
 FREQUENCIES = (1.0, 0.3, 0.1, 0.01)
 ANGLES = torch.arange(7.0)[None, :, None] * torch.tensor(FREQUENCIES)
@@ -38,6 +38,22 @@ def test_a_single_first_position_has_as_many_frequencies_as_asked_for(layout: st
     tables = rotary_tables(first, 4)
     assert tables is not None
     assert tables[0].shape == tables[1].shape == (1, 1, 4)
+
+
+@pytest.mark.parametrize("layout", ["blocks", "pairs"])
+def test_a_layout_is_remembered_once_there_is_no_doubt(layout: str) -> None:
+    whole = form(layout)
+    assert isinstance(whole, (tuple, list))
+    layouts: Layouts = {}
+    rotary_tables([table[:, :1] for table in whole], 4, layouts)
+    assert not layouts, "at position 0 all frequencies look alike"
+    rotary_tables(whole, 4, layouts)
+    assert len(layouts) == 1
+    last = rotary_tables([torch.randn(1, 1, 8) for _ in whole], 4, layouts)
+    assert last is not None, "what is known is not looked for again"
+    again = rotary_tables(whole, 4, layouts)
+    assert again is not None
+    assert torch.equal(again[0], ANGLES.cos())
 
 
 @pytest.mark.parametrize(
