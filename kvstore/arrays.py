@@ -38,6 +38,7 @@ TOKEN_ARRAYS = {
     "input_ids": TokenArray(np.dtype(np.int32), -1, -1),
     "role": TokenArray(np.dtype(np.uint8), 0, 0),
     "loss_mask": TokenArray(np.dtype(np.uint8), 0, 1),
+    "kv_mask": TokenArray(np.dtype(np.uint8), 0, 1),
 }
 """By name; FORMAT.md 3.6 and 3.12."""
 _MISSING_CHUNK = 2**64 - 1

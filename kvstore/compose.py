@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from kvstore.writer import ShardWriter
 
 Progress = Callable[[int, int], object]
 """Told the tokens done and the tokens in all."""
-Convert = Callable[[ShardWriter, Store, CodeBatch, Commit, list[tuple[int, int]]], None]
-"""Puts samples of one shard of a source into a writer, at these offsets and of these lengths."""
+Member = tuple["Origin", int]
+"""A sample of a shard to be written and its token offset there."""
+Convert = Callable[[ShardWriter, Store, Sequence[Member], Commit], None]
+"""Puts tokens, keys and values of samples that lie in one shard of a source, whose commit that is, into a writer."""
 
 _TOKENS_AT_ONCE = 4096
 """Tokens read and decoded at a time."""
@@ -41,7 +44,7 @@ _TOKENS_AT_ONCE = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RewriteSummary:
-    """What merging or recoding did."""
+    """What making a store from stores did."""
 
     out: str
     num_samples: int
@@ -49,6 +52,15 @@ class RewriteSummary:
     stored_bytes: int
     new_shards: int
     num_shards: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIdentity:
+    """What a commit says of a sample's tokens."""
+
+    source_id: str
+    """Id of the sample that was written again in these tokens."""
+    crc32c: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +73,8 @@ class Origin:
     """Number of the sample in that store."""
     num_tokens: int
     count: int
+    tokens: TokenIdentity | None = None
+    """Where its tokens are other ones than those of the sample it comes from."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +90,10 @@ class Plan:
     calibrate: Callable[[Progress], Calibration]
     convert: Convert
     gate: Mapping[str, Any] | None
+    tokenizer: Path | None = None
+    """Folder with the tokenizer of the new store; None for that of the first source."""
+    workers: int = 1
+    """Shards written at a time, each in memory meanwhile."""
 
 
 def origins_of(stores: Sequence[Store]) -> list[Origin]:
@@ -131,13 +149,26 @@ def make(plan: Plan, purpose: str, progress: Progress) -> RewriteSummary:
             write_dropped(plan.target, dict.fromkeys(plan.dropped, BEFORE), kept)
         committed = committed_shards(plan.target)
         read = functools.lru_cache(maxsize=32)(lambda number, shard: read_commit(plan.stores[number].storage, shard))
-        for shard, placed in enumerate(fill_shards([origin.num_tokens for origin in plan.origins], manifest.layout)):
-            progress(done, total)
-            members = [(plan.origins[index], offset) for index, offset in placed]
+        shards = [
+            [(plan.origins[index], offset) for index, offset in placed]
+            for placed in fill_shards([origin.num_tokens for origin in plan.origins], manifest.layout)
+        ]
+
+        def write(shard: int) -> int:
             if shard not in committed:
-                _write_shard(plan, manifest, calibration, shard, members, read)
-                new_shards += 1
-            done += sum(origin.num_tokens for origin, _ in members)
+                _write_shard(plan, manifest, calibration, shard, shards[shard], read)
+            return shard
+
+        progress(done, total)
+        with ThreadPoolExecutor(plan.workers) as pool:
+            try:
+                for shard in pool.map(write, range(len(shards))):
+                    done += sum(origin.num_tokens for origin, _ in shards[shard])
+                    new_shards += shard not in committed
+                    progress(done, total)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         compact(plan.target)
     progress(total, total)
     store = Store(plan.target)
@@ -170,7 +201,7 @@ def _begin(plan: Plan, progress: Progress) -> tuple[Manifest, Calibration]:
     calibration = plan.calibrate(progress)
     digest = calibration_fingerprint(calibration)
     manifest = dataclasses.replace(plan.manifest, calibration=digest, signal={**plan.manifest.signal, "calibration": digest})
-    with _tokenizer(plan.stores[0]) as folder:
+    with contextlib.nullcontext(plan.tokenizer) if plan.tokenizer else _tokenizer(plan.stores[0]) as folder:
         return create_store(plan.target, manifest, calibration, folder, plan.gate), calibration
 
 
@@ -197,7 +228,7 @@ def _write_shard(
     manifest: Manifest,
     calibration: Calibration,
     shard: int,
-    members: Sequence[tuple[Origin, int]],
+    members: Sequence[Member],
     read: Callable[[int, int], Commit],
 ) -> None:
     """Write one shard of the new store from the shards its samples lie in.
@@ -206,7 +237,7 @@ def _write_shard(
         members: samples with their token offset inside the shard.
         read: the commit of a source by its number and the shard's.
     """
-    by_shard: dict[tuple[int, int], list[tuple[Origin, int]]] = {}
+    by_shard: dict[tuple[int, int], list[Member]] = {}
     for origin, offset in members:
         source = int(plan.stores[origin.store].samples.shard[origin.index])
         by_shard.setdefault((origin.store, source), []).append((origin, offset))
@@ -215,20 +246,23 @@ def _write_shard(
     for (number, source), part in by_shard.items():
         stored = {row.id: row for row in read(number, source).samples}
         for origin, offset in part:
-            rows[origin.id] = dataclasses.replace(
-                stored[origin.id], shard=shard, token_start=start + offset, count=origin.count
-            )
+            row = stored[origin.id if origin.tokens is None else origin.tokens.source_id]
+            if origin.tokens is not None:
+                row = dataclasses.replace(row, id=origin.id, num_tokens=origin.num_tokens, crc32c=origin.tokens.crc32c)
+            rows[origin.id] = dataclasses.replace(row, shard=shard, token_start=start + offset, count=origin.count)
     writer = ShardWriter(plan.target, manifest, calibration, shard, [rows[origin.id] for origin, _ in members])
     for (number, source), part in by_shard.items():
-        store = plan.stores[number]
         for group in cut(part, lambda member: member[0].num_tokens):
-            batch = store.read_codes([origin.index for origin, _ in group])
-            for (_, offset), first, last in zip(group, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
-                beside = {name: array[first:last] for name, array in batch.beside.items()}
-                writer.put_tokens(offset, batch.input_ids[first:last], beside)
-            spans = [(offset, origin.num_tokens) for origin, offset in group]
-            plan.convert(writer, store, batch, read(number, source), spans)
+            plan.convert(writer, plan.stores[number], group, read(number, source))
     writer.commit()
+
+
+def copy_tokens(writer: ShardWriter, members: Sequence[Member], batch: CodeBatch) -> list[tuple[int, int]]:
+    """Put the tokens of these samples as they are; returns their offsets and lengths."""
+    for (_, offset), first, last in zip(members, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+        beside = {name: array[first:last] for name, array in batch.beside.items()}
+        writer.put_tokens(offset, batch.input_ids[first:last], beside)
+    return [(offset, origin.num_tokens) for origin, offset in members]
 
 
 def cut(members: Sequence[Any], num_tokens: Callable[[Any], int]) -> Iterator[list[Any]]:

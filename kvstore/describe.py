@@ -55,6 +55,7 @@ def describe(store: Store) -> dict[str, Any]:
         "quarantined": read_quarantined(store.storage),
         "merged_from": _from_runs(manifest, "merged_from"),
         "recoded_from": _from_runs(manifest, "recoded_from"),
+        "aligned_from": _from_runs(manifest, "aligned_from"),
         "gate": {when: result for when, result in read_gate(store.storage).items() if when in ("before", "after")},
         "fingerprints": {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint},
         "fidelity": store.samples.fidelity() if committed else {},

@@ -50,14 +50,30 @@ class TokenBatch:
     cu_seqlens: Int64[np.ndarray, "boundary"]
     """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
     beside: Mapping[str, UInt8[np.ndarray, "token"]]
-    """What else the store has of each token, by array name: `role` and `loss_mask` of conversations (FORMAT.md 3.12)."""
+    """What else the store has of each token, by array name: `role` and masks (FORMAT.md 3.12 to 3.14)."""
 
     @property
     def learnt(self) -> Bool[np.ndarray, "token"]:
         """Which tokens are to be learnt from: the loss mask, all where there is none. In a response-only store no other token has
         keys and values (FORMAT.md 3.13)."""
-        mask = self.beside.get("loss_mask")
-        return np.ones(len(self.input_ids), dtype=np.bool_) if mask is None else mask.astype(np.bool_)
+        return self._mask("loss_mask")
+
+    @property
+    def has_kv(self) -> Bool[np.ndarray, "token"]:
+        """Which tokens the KV mask says have keys and values, all where there is none (FORMAT.md 3.14)."""
+        return self._mask("kv_mask")
+
+    @property
+    def compared(self) -> Bool[np.ndarray, "token"]:
+        """Which tokens are to be learnt from and have keys and values (FORMAT.md 3.14)."""
+        return self._mask("loss_mask", "kv_mask")
+
+    def _mask(self, *names: str) -> Bool[np.ndarray, "token"]:
+        found = np.ones(len(self.input_ids), dtype=np.bool_)
+        for name in names:
+            if name in self.beside:
+                found &= self.beside[name] != 0
+        return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,18 +187,26 @@ class Store:
         )
 
     def count_learnt(self, skip: int = 0) -> Int64[np.ndarray, "sample"]:
-        """Tokens of each sample to be learnt from, its first `skip` positions left out.
+        """Tokens of each sample to be learnt from (`TokenBatch.learnt`), its first `skip` positions left out.
 
-        Where the store has a loss mask it is read once, a shard at a time: a byte a token, compressed well.
+        Where the store has a mask it is read once, a shard at a time: a byte a token, compressed well.
 
         Raises:
             CorruptShardError: a committed shard is missing, damaged or another.
             OSError: the bucket cannot be reached.
         """
+        return self._count(["loss_mask"], skip)
+
+    def count_compared(self, skip: int = 0) -> Int64[np.ndarray, "sample"]:
+        """The same of `TokenBatch.compared`."""
+        return self._count(["loss_mask", "kv_mask"], skip)
+
+    def _count(self, masks: Sequence[str], skip: int) -> Int64[np.ndarray, "sample"]:
         num_tokens = self.samples.num_tokens.astype(np.int64)
-        if "loss_mask" not in self.manifest.token_arrays:
+        masks = [name for name in masks if name in self.manifest.token_arrays]
+        if not masks:
             return np.maximum(num_tokens - skip, 0)
-        learnt = np.zeros(len(self), dtype=np.int64)
+        counts = np.zeros(len(self), dtype=np.int64)
         shards, firsts = np.unique(self.samples.shard, return_index=True)
         for shard, members in zip(shards.tolist(), np.split(np.arange(len(self)), firsts[1:]), strict=True):
             self.verify_shard(shard)
@@ -190,13 +214,14 @@ class Store:
             starts = self.samples.token_start[members] - start
             ends = starts + num_tokens[members]
             try:
-                mask = np.asarray(self._request("loss_mask", [(start, int(ends.max()))], None).result())
+                requests = [self._request(name, [(start, int(ends.max()))], None) for name in masks]
+                mask = np.logical_and.reduce([np.asarray(request.result()) != 0 for request in requests])
             except ValueError as error:
                 raise self._explain(error, members.tolist(), ()) from error
             # Rows between samples, which no chunk need hold, do not count: only differences inside a sample are taken.
-            before = np.concatenate([[0], np.cumsum(mask != 0)])
-            learnt[members] = before[ends] - before[np.minimum(starts + skip, ends)]
-        return learnt
+            before = np.concatenate([[0], np.cumsum(mask)])
+            counts[members] = before[ends] - before[np.minimum(starts + skip, ends)]
+        return counts
 
     def read_codes(
         self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None, *, verify_objects: bool = True

@@ -21,7 +21,7 @@ from kvstore.calibration import (
 )
 from kvstore.codec import KINDS, Codec, Kind
 from kvstore.commits import Commit
-from kvstore.compose import Origin, Plan, Progress, RewriteSummary, cut, make, origins_of, planned
+from kvstore.compose import Member, Origin, Plan, Progress, RewriteSummary, copy_tokens, cut, make, origins_of, planned
 from kvstore.drop import read_dropped
 from kvstore.errors import CodecError, KVStoreError
 from kvstore.gate import read_gate
@@ -156,14 +156,18 @@ def _named(store: Store) -> dict[str, str]:
     return {"location": store.location, "fingerprint": store.manifest.fingerprint}
 
 
-def _copy(writer: ShardWriter, store: Store, batch: CodeBatch, commit: Commit, spans: list[tuple[int, int]]) -> None:
+def _copy(writer: ShardWriter, store: Store, members: Sequence[Member], commit: Commit) -> None:
+    batch = store.read_codes([origin.index for origin, _ in members])
+    spans = copy_tokens(writer, members, batch)
     for group in store.manifest.groups:
         for kind in KINDS:
             for slot, layer in enumerate(group.layers):
                 writer.put_codes(layer, kind, spans, batch.codes[group.path, kind][slot], commit.fidelity[str(layer)][kind])
 
 
-def _encode_again(writer: ShardWriter, store: Store, batch: CodeBatch, commit: Commit, spans: list[tuple[int, int]]) -> None:
+def _encode_again(writer: ShardWriter, store: Store, members: Sequence[Member], commit: Commit) -> None:
+    batch = store.read_codes([origin.index for origin, _ in members])
+    spans = copy_tokens(writer, members, batch)
     for layer in store.spec.layer_numbers:
         group, slot = store.manifest.group_of(layer)
         fidelity = commit.fidelity[str(layer)]
@@ -194,8 +198,7 @@ def _calibrate(store: Store, wanted: Manifest, origins: Sequence[Origin], progre
         progress(done, total)
         batch = store.read_codes([origin.index for origin in run])
         counted = calibration_mask([origin.num_tokens for origin in run])
-        if wanted.is_response_only:
-            counted &= batch.learnt
+        counted &= batch.compared if wanted.is_response_only else batch.has_kv
         for layer, kind in moments:
             moments[layer, kind].add(_decoded(store, batch, layer, kind)[counted])
         done += sum(origin.num_tokens for origin in run)

@@ -179,8 +179,9 @@ class ShardWriter:
         """
         if not replace and self._storage.size(commit_key(self.shard)) is not None:
             return read_commit(self._storage, self.shard)
-        if self.manifest.is_response_only:
-            self._leave_out(self._tokens["loss_mask"] == 0)
+        masks = (["loss_mask"] if self.manifest.is_response_only else []) + ["kv_mask"]
+        for mask in (self._tokens[name] for name in masks if name in self._tokens):
+            self._leave_out(mask == 0)
         try:
             objects, bits = self._write_objects(replace)
             commit = Commit(

@@ -1,10 +1,11 @@
-"""Commands that change stores or make them from stores, without a teacher: merge, recode, drop."""
+"""Commands that change stores or make them from stores, without a teacher: merge, recode, align, drop."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,6 +60,40 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
 
     with progress_bar("recode", "tok") as progress:
         summary = recode_store(store, codec, out, progress)
+    print_record(dataclasses.asdict(summary), as_json)
+
+
+@click.command()
+@click.argument("store", metavar="RAW")
+@click.option("--student", required=True, help="Preset, Hugging Face id, folder, or a TOML file with a fresh config.")
+@click.option(
+    "--tokenizer", help="Folder or id of the tokenizer of a fresh student [a pretrained student's own, else the store's]."
+)
+@click.option("--layer-map", default="last_aligned", show_default=True, help="last_aligned or uniform.")
+@click.option("--layers", help="Student layers: 'all' or a list like 0,4,8-11 or -1 [eight spread evenly].")
+@click.option("--codec", default="mix", show_default=True, help="As for extract.")
+@click.option(
+    "--last-token", is_flag=True, help="Take the last teacher token under each student token instead of the mean of all."
+)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Shards made at a time.")
+@_out
+@_json
+def align(store: str, out: str, as_json: bool, last_token: bool, **chosen: Any) -> None:
+    """Make a store for one student from a raw store, without the teacher.
+
+    Heads, dims and layers become the student's where that is smaller. A student with another tokenizer gets its own tokens: each
+    takes the mean of the teacher tokens whose bytes it holds and that end no later; tokens without any are masked. Run it again to
+    resume. The source stays as it is, so one extraction serves many students:
+
+    \b
+    kvpipe align raw-store --student qwen2-0.5b --out for-qwen
+    kvpipe align raw-store --student tinyllama-1.1b --out for-llama
+    kvpipe train --store for-llama --student tinyllama-1.1b --out run
+    """
+    from pipeline.align_store import AlignSettings, align_store
+
+    with progress_bar("align", "tok") as progress:
+        summary = align_store(store, out, AlignSettings(last_only=last_token, **chosen), progress)
     print_record(dataclasses.asdict(summary), as_json)
 
 

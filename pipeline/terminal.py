@@ -67,6 +67,9 @@ def growth_lines(record: dict[str, Any]) -> dict[str, str]:
         lines["recoded"] = (
             f"from {origin['codec']} in {origin['location']} ({origin['fingerprint'][:8]}); errors are of both codecs"
         )
+    if record["aligned_from"]:
+        origin = record["aligned_from"]
+        lines["aligned"] = f"to {origin['student']} from {origin['location']} ({origin['fingerprint'][:8]})"
     for when, result in record["gate"].items():
         lines[f"gate {when}"] = (
             f"KL {result['kl']:.2g} nats per token, perplexity {100 * result['perplexity_change']:+.2f} %, top-1 agreement "

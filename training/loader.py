@@ -80,7 +80,7 @@ class KVDataset(Dataset[ReadBatch]):
 
     @cached_property
     def _learnt(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._store.count_learnt(1), self._store.count_learnt()
+        return self._store.count_learnt(1), self._store.count_compared()
 
     def __getitems__(self, request: SampleBatch) -> ReadBatch:
         """Read one micro-batch: a native read per array, of token ids only where the request wants no targets."""
@@ -138,10 +138,10 @@ class KVCollator:
         return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(sources))
 
     def _compared(self, tokens: TokenBatch) -> list[Int64[np.ndarray, "compared"]]:
-        """Of each sample the packed positions that are learnt from and are no attention sinks."""
-        learnt = tokens.learnt
+        """Of each sample the packed positions that are learnt from, have keys and values, and are no attention sinks."""
+        compared = tokens.compared
         return [
-            np.flatnonzero(learnt[first + self._sink_tokens : last]) + first + self._sink_tokens
+            np.flatnonzero(compared[first + self._sink_tokens : last]) + first + self._sink_tokens
             for first, last in itertools.pairwise(tokens.cu_seqlens.tolist())
         ]
 

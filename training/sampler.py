@@ -36,7 +36,7 @@ class SampleTable:
     predicted: Int64[np.ndarray, "sample"]
     """Tokens that are predicted: those to be learnt from, but never the first of a sample."""
     compared: Int64[np.ndarray, "sample"]
-    """Tokens whose keys and values are compared: those to be learnt from that are no attention sinks."""
+    """Tokens whose keys and values are compared: those to be learnt from that have some and are no attention sinks."""
 
     def __len__(self) -> int:
         return len(self.index)

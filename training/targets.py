@@ -157,13 +157,13 @@ def measure_variances(
     """
     dataset = KVDataset(store, targets.alignment.teacher_layers)
     sums = [[_ChannelSums(), _ChannelSums()] for _ in targets.pairs]
-    for samples in _first_samples(store.samples.num_tokens, store.count_learnt(sink_tokens), num_tokens):
+    for samples in _first_samples(store.samples.num_tokens, store.count_compared(sink_tokens), num_tokens):
         request = SampleBatch(samples, step=0, num_predicted=0, targets=samples, num_targets=0, num_computed=0)
         read = dataset.__getitems__(request)
         starts = read.tokens.cu_seqlens
-        learnt = read.tokens.learnt
+        compared = read.tokens.compared
         keep = np.concatenate([np.arange(first + sink_tokens, last) for first, last in itertools.pairwise(starts)])
-        keep = keep[learnt[keep]]
+        keep = keep[compared[keep]]
         weights = np.repeat(store.samples.count[samples], np.diff(starts))[keep]
         blocks = [(torch.from_numpy(block.key[:, keep]), torch.from_numpy(block.value[:, keep])) for block in read.targets]
         for layer, pair in enumerate(targets.teacher_side(unstack(dataset.blocks, blocks))):

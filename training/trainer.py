@@ -124,7 +124,7 @@ def _plan_data(
         samples.num_tokens,
         samples.count,
         predicted=store.count_learnt(1),
-        compared=store.count_learnt(config.sink_tokens),
+        compared=store.count_compared(config.sink_tokens),
     )
     train, held_out = (
         table.select(chosen)
@@ -139,8 +139,8 @@ def _plan_data(
     for name, part in (("train on", train), ("hold out", held_out)):
         if len(part) and not part.predicted.any():
             raise ValueError(
-                f"{store.location}: got {len(part)} samples to {name} without a token to learn from, all have loss_mask 0; expected "
-                "responses in them; store more conversations, or hold out other ones with --set eval_fraction=..."
+                f"{store.location}: got {len(part)} samples to {name} without a token to learn from: of one token, or with loss_mask 0 "
+                "throughout; store more data, or hold out other samples with --set eval_fraction=..."
             )
     plan = BatchPlan(
         batch_size=config.batch_size,

@@ -891,6 +891,26 @@ def test_of_a_response_only_store_codes_of_other_tokens_are_the_fill_value(codec
         open_store(tmp_path / "part")
 
 
+@rule("3.14")
+def test_tokens_of_the_kv_mask_have_no_codes(source: Source, tmp_path: Path) -> None:
+    arrays = ("input_ids", "loss_mask", "kv_mask")
+    manifest, calibration, tasks = begin_store(tmp_path, source, "mix", token_arrays=arrays)
+    ones = [np.ones(length, dtype=np.uint8) for length in LENGTHS]
+    odd = [(np.arange(length) % 2).astype(np.uint8) for length in LENGTHS]
+    beside = {index: {"loss_mask": ones[index], "kv_mask": odd[index]} for index in range(len(LENGTHS))}
+    for shard, indices in enumerate(tasks):
+        write_shard(tmp_path, source, manifest, calibration, shard, indices, beside=beside)
+    store = open_store(tmp_path)
+    batch = store.read_codes(range(len(store)))
+    np.testing.assert_array_equal(batch.has_kv, np.concatenate(odd))
+    for codes in batch.codes.values():
+        assert np.unique(codes[:, ~batch.has_kv]).size == 1
+        assert np.unique(codes[:, batch.has_kv]).size > 1
+    assert store.count_learnt().tolist() == list(LENGTHS)
+    assert store.count_compared(1).tolist() == [length // 2 for length in LENGTHS]
+    assert verify_store(str(tmp_path), deep=True).problems == ()
+
+
 @pytest.mark.parametrize("skip", [0, 1, 4, 1000])
 def test_tokens_to_be_learnt_from_are_counted(skip: int, source: Source, tmp_path: Path) -> None:
     rng = np.random.default_rng(4)

@@ -39,7 +39,7 @@ def request(samples: Sequence[int], targets: Sequence[int] | None = None, weight
 
 def table_of(store: Store, sink_tokens: int = 1) -> SampleTable:
     samples = store.samples
-    learnt = store.count_learnt(1), store.count_learnt(sink_tokens)
+    learnt = store.count_learnt(1), store.count_compared(sink_tokens)
     return SampleTable(np.arange(len(samples)), samples.shard, samples.num_tokens, samples.count, *learnt)
 
 

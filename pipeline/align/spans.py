@@ -1,0 +1,394 @@
+"""The time axis between two tokenizers: which teacher tokens lie under each student token, by the bytes of the text they share.
+
+Offsets are not asked of tokenizers, who count characters and disagree about those split over tokens, spaces and normalised text
+(huggingface/tokenizers issues 156, 663, 1775): a vocabulary says what each token writes, in bytes, and the bytes of a sample's
+tokens must add up to its text. Knows tokenizers by their own description; no store, no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+Ids = Sequence[int] | np.ndarray
+_SPACE = "\u2581"
+"""What sentencepiece writes for a space."""
+
+
+class TokenBytes:
+    """What every token of a tokenizer writes.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers, byte-level or of sentencepiece's kind.
+
+    Raises:
+        ValueError: it has no description to read, or one of another kind.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"tokenizer {self.name}: got a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json), which says what "
+                "its tokens write; load it with use_fast=True or convert it"
+            )
+        self._description: dict[str, Any] = json.loads(backend.to_str())
+        kinds = {part["type"] for part in _parts(self._description, "decoder") + _parts(self._description, "pre_tokenizer")}
+        spaces = any(
+            part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"].get("String") == _SPACE)
+            for part in _parts(self._description, "decoder")
+        )
+        if "ByteLevel" not in kinds and not spaces:
+            raise ValueError(
+                f"tokenizer {self.name}: its parts are {', '.join(sorted(kinds)) or 'none'}, expected a byte-level tokenizer (GPT-2, Qwen, Llama 3) "
+                "or one of sentencepiece's kind (Llama 2, Mistral, Gemma): kvpipe cannot tell what its tokens write"
+            )
+        self._write = _byte_level if "ByteLevel" in kinds else _sentencepiece
+        added = {int(part["id"]): part for part in self._description["added_tokens"]}
+        self.special: dict[int, str] = {token: part["content"] for token, part in added.items() if part["special"]}
+        """Content of the tokens that stand for no text of their own, by id."""
+        self._plain = {token: part["content"].encode() for token, part in added.items() if not part["special"]}
+
+    @cached_property
+    def _tokens(self) -> dict[int, bytes]:
+        vocabulary: Mapping[str, int] = self.tokenizer.get_vocab()
+        written = {token: self._write(text) for text, token in vocabulary.items() if token not in self.special}
+        return written | self._plain
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Special tokens this tokenizer puts before and behind a text on its own."""
+        probe = list(self.tokenizer("a")["input_ids"])
+        inner = [token not in self.special for token in probe]
+        first = inner.index(True)
+        last = len(inner) - inner[::-1].index(True)
+        return probe[:first], probe[last:]
+
+    def same_as(self, other: TokenBytes) -> bool:
+        """Whether both make the same tokens of every text; how many rows an embedding is padded to plays no part."""
+        fields = ("model", "normalizer", "pre_tokenizer")
+        return (
+            all(self._description.get(field) == other._description.get(field) for field in fields)
+            and self.special == other.special
+            and self._plain == other._plain
+        )
+
+    def write(self, ids: Ids) -> list[bytes]:
+        """What each of these tokens writes, special ones nothing.
+
+        Raises:
+            ValueError: an id that is no token.
+        """
+        try:
+            return [b"" if token in self.special else self._tokens[token] for token in map(int, ids)]
+        except KeyError as error:
+            raise ValueError(f"tokenizer {self.name}: token id {error} is none of its {len(self._tokens)} tokens") from None
+
+    def encode(self, text: str) -> Int64[np.ndarray, "token"]:
+        """Token ids of a text, without special tokens around it; literal special tokens in the text become such."""
+        with self._lock:  # a tokenizer takes offence at being asked by two threads
+            return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SpanMap:
+    """For each student token the teacher tokens it is compared with, as a sparse matrix in CSR form."""
+
+    indptr: Int64[np.ndarray, "boundary"]
+    """Student token i has the entries indptr[i]:indptr[i + 1]."""
+    indices: Int64[np.ndarray, "entry"]
+    """Teacher token of each entry, increasing within a student token."""
+    weights: Float32[np.ndarray, "entry"]
+    """They sum to 1 over a student token."""
+
+    @property
+    def kept(self) -> Bool[np.ndarray, "student"]:
+        """Which student tokens have a counterpart; the others are to be masked."""
+        return np.diff(self.indptr) > 0
+
+    @property
+    def coverage(self) -> float:
+        """Share of student tokens that have a counterpart."""
+        return float(self.kept.mean()) if len(self.kept) else 1.0
+
+    def within(self, usable: Bool[np.ndarray, "teacher"]) -> SpanMap:
+        """The same without student tokens that want a teacher token that is not usable."""
+        rows = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+        spoilt = np.zeros(len(self.indptr) - 1, dtype=np.bool_)
+        spoilt[rows[~usable[self.indices]]] = True
+        kept = ~spoilt[rows]
+        counts = np.where(spoilt, 0, np.diff(self.indptr))
+        return SpanMap(indptr=np.concatenate([[0], np.cumsum(counts)]), indices=self.indices[kept], weights=self.weights[kept])
+
+    def apply(self, x: Float[Tensor, "teacher ..."]) -> Float[Tensor, "student ..."]:
+        """Weighted mean of the teacher's rows for every student token, zero where there is none; keys before rotation only.
+
+        Computes in at least fp32 and rounds once; differentiable.
+        """
+        rows = torch.from_numpy(np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))).to(x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weights = torch.from_numpy(self.weights).to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
+        parts = weights * x.index_select(0, torch.from_numpy(self.indices).to(x.device)).to(dtype)
+        out = torch.zeros((len(self.indptr) - 1, *x.shape[1:]), dtype=dtype, device=x.device)
+        return out.index_add(0, rows, parts).to(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AlignedSample:
+    """One sample in the student's tokens."""
+
+    input_ids: Int64[np.ndarray, "student"]
+    spans: SpanMap
+    source: Int64[np.ndarray, "student"]
+    """The teacher token that writes the last byte of each student token, or is its counterpart; -1 where there is none. What is
+    said of that token, its role and its mask, holds for this one."""
+
+
+def align_sample(teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, last_only: bool = False) -> AlignedSample:
+    """Write a sample's text in the student's tokens and find the teacher tokens under each.
+
+    Characters cut by either end of the sample are left out. The student's own first special tokens come first; special tokens that
+    both have by the same words stay where they are; a beginning or end of text becomes the student's.
+
+    Args:
+        last_only: compare with the last teacher token under a student token alone, instead of their mean by overlap.
+
+    Raises:
+        ValueError: a special token the student has no counterpart of, or a tokenizer that changes the text.
+    """
+    ids = np.asarray(teacher_ids, dtype=np.int64)
+    if teacher.same_as(student):
+        everything = np.arange(len(ids))
+        spans = SpanMap(indptr=np.arange(len(ids) + 1), indices=everything, weights=np.ones(len(ids), dtype=np.float32))
+        return AlignedSample(input_ids=ids, spans=spans, source=everything)
+    before, behind = student.frame
+    first, last = _content(teacher, ids)
+    texts = _texts(teacher, student, ids[first:last])
+    shared = {content: token for token, content in student.special.items()}
+    found: list[tuple[np.ndarray, SpanMap, np.ndarray]] = [
+        _frame(before, first - 1 if _is_end(teacher, ids[:first], "bos_token_id") else None)
+    ]
+    for start, stop in texts:
+        piece = ids[first + start : first + stop]
+        if stop - start == 1 and int(piece[0]) in teacher.special:
+            found.append(_frame([shared[teacher.special[int(piece[0])]]], first + start))
+            continue
+        opens = start == 0 and first > 0
+        student_ids, spans, source = _align_text(teacher, student, piece, last_only=last_only, opens=opens)
+        offset = first + start
+        spans = dataclasses.replace(spans, indices=spans.indices + offset)
+        found.append((student_ids, spans, np.where(source < 0, source, source + offset)))
+    ends = student.tokenizer.eos_token_id
+    if last < len(ids) and ends is not None and _is_end(teacher, ids[last : last + 1], "eos_token_id"):
+        behind = behind or [int(ends)]
+        found.append(_frame(behind[:1], last))
+    return AlignedSample(
+        input_ids=np.concatenate([each[0] for each in found]).astype(np.int64),
+        spans=_concatenate([each[1] for each in found]),
+        source=np.concatenate([each[2] for each in found]).astype(np.int64),
+    )
+
+
+def align_tokens(
+    teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, student_ids: Ids, last_only: bool = False
+) -> SpanMap:
+    """The teacher tokens under each student token of the same text.
+
+    Student token i writes the bytes [a_i, b_i), teacher token j those of [c_j, d_j). Its counterparts are the tokens that overlap
+    it and end no later, d_j <= b_i: those beyond have read what the student has not. Weights are the shares of the overlap.
+
+    Raises:
+        ValueError: the tokens do not write the same bytes.
+    """
+    teacher_ends, student_ends = (_ends(side.write(ids)) for side, ids in ((teacher, teacher_ids), (student, student_ids)))
+    ours, theirs = (b"".join(side.write(ids)) for side, ids in ((student, student_ids), (teacher, teacher_ids)))
+    if ours != theirs:
+        at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        raise ValueError(
+            f"tokens of {student.name} and {teacher.name} write other texts from byte {at} on: {ours[at : at + 20]!r} and "
+            f"{theirs[at : at + 20]!r}; expected the same. A tokenizer that normalises text cannot be aligned by bytes"
+        )
+    return overlap_spans(_starts(teacher_ends), teacher_ends, _starts(student_ends), student_ends, last_only=last_only)
+
+
+def overlap_spans(
+    teacher_starts: Int64[np.ndarray, "teacher"],
+    teacher_ends: Int64[np.ndarray, "teacher"],
+    student_starts: Int64[np.ndarray, "student"],
+    student_ends: Int64[np.ndarray, "student"],
+    *,
+    last_only: bool = False,
+) -> SpanMap:
+    """`align_tokens` on byte ranges, each side's in order and without overlap; empty ranges have no counterparts. O(S log T)."""
+    real = np.flatnonzero(teacher_ends > teacher_starts)
+    starts, ends = teacher_starts[real], teacher_ends[real]
+    first = np.searchsorted(ends, student_starts, side="right")
+    stop = np.searchsorted(ends, student_ends, side="right")
+    first = np.where(student_ends > student_starts, np.minimum(first, stop), stop)
+    if last_only:
+        first = np.maximum(first, stop - 1)
+    counts = stop - first
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    row = np.repeat(np.arange(len(counts)), counts)
+    entry = np.arange(indptr[-1]) - indptr[row] + first[row]
+    overlap = (ends[entry] - np.maximum(starts[entry], student_starts[row])).astype(np.float64)
+    total = np.bincount(row, weights=overlap, minlength=len(counts))
+    return SpanMap(indptr=indptr, indices=real[entry], weights=(overlap / total[row]).astype(np.float32))
+
+
+def _align_text(
+    teacher: TokenBytes, student: TokenBytes, ids: np.ndarray, *, last_only: bool, opens: bool
+) -> tuple[np.ndarray, SpanMap, np.ndarray]:
+    """The same for tokens without special ones.
+
+    Args:
+        opens: whether the text began here, where sentencepiece puts a space of its own.
+    """
+    written = teacher.write(ids)
+    whole = b"".join(written)
+    skip = 1 if opens and _prepends_space(teacher) and whole.startswith(b" ") else 0
+    text, cut = _whole_characters(whole[skip:])
+    skip += cut
+    student_ids = student.encode(text)
+    ours, content = student.write(student_ids), text.encode()
+    student_ends = _ends(ours)
+    joined = b"".join(ours)
+    if joined == b" " + content:
+        student_ends = student_ends - 1
+    elif joined != content:
+        at = next(
+            (at for at, (a, b) in enumerate(zip(joined, content, strict=False)) if a != b), min(len(joined), len(content))
+        )
+        raise ValueError(
+            f"tokenizer {student.name}: changes the text from byte {at} on: got {joined[at : at + 20]!r} of {content[at : at + 20]!r}, expected "
+            "tokens that write the text as it is. A tokenizer that normalises text cannot be aligned by bytes"
+        )
+    teacher_ends = _ends(written) - skip
+    teacher_starts, student_starts = (
+        _starts(teacher_ends, -skip),
+        np.maximum(_starts(student_ends, len(content) - len(joined)), 0),
+    )
+    spans = overlap_spans(teacher_starts, teacher_ends, student_starts, student_ends, last_only=last_only)
+    # The first teacher token that reaches the student token's end writes its last byte.
+    source = np.searchsorted(teacher_ends, student_ends, side="left")
+    return student_ids, spans, np.minimum(source, len(ids) - 1)
+
+
+def _content(teacher: TokenBytes, ids: np.ndarray) -> tuple[int, int]:
+    """Where a sample's text begins and ends between a beginning and an end of text."""
+    first = 0
+    while first < len(ids) and _is_end(teacher, ids[first : first + 1], "bos_token_id"):
+        first += 1
+    last = len(ids)
+    while last > first and _is_end(teacher, ids[last - 1 : last], "eos_token_id"):
+        last -= 1
+    return first, last
+
+
+def _texts(teacher: TokenBytes, student: TokenBytes, ids: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of tokens without special ones, and special ones alone."""
+    known = set(student.special.values())
+    special = np.array([int(token) in teacher.special for token in ids], dtype=np.bool_)
+    strangers = {teacher.special[int(token)] for token in ids[special]} - known
+    if strangers:
+        raise ValueError(
+            f"tokenizer {student.name}: has no special token {', '.join(sorted(strangers))}, which the sample has; expected one of the same words. "
+            "Conversations in another chat template are not the student's: extract them for it, or train on plain text"
+        )
+    edges = np.flatnonzero(np.diff(special, prepend=not special[0] if len(special) else False) | special)
+    return [(int(a), int(b)) for a, b in zip(edges, [*edges[1:], len(ids)], strict=True)]
+
+
+def _frame(ids: Sequence[int], counterpart: int | None) -> tuple[np.ndarray, SpanMap, np.ndarray]:
+    """Special tokens, the last of which has a counterpart or none of which has."""
+    has = np.zeros(len(ids), dtype=np.int64)
+    has[-1:] = counterpart is not None
+    indices = np.full(int(has.sum()), -1 if counterpart is None else counterpart, dtype=np.int64)
+    spans = SpanMap(
+        indptr=np.concatenate([[0], np.cumsum(has)]), indices=indices, weights=np.ones(len(indices), dtype=np.float32)
+    )
+    return np.array(ids, dtype=np.int64), spans, np.where(has == 1, -1 if counterpart is None else counterpart, -1)
+
+
+def _concatenate(maps: Sequence[SpanMap]) -> SpanMap:
+    counts = np.concatenate([np.diff(each.indptr) for each in maps])
+    return SpanMap(
+        indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        indices=np.concatenate([each.indices for each in maps]),
+        weights=np.concatenate([each.weights for each in maps]),
+    )
+
+
+def _is_end(side: TokenBytes, ids: np.ndarray, which: str) -> bool:
+    return len(ids) > 0 and getattr(side.tokenizer, which, None) == int(ids[-1])
+
+
+def _whole_characters(content: bytes) -> tuple[str, int]:
+    """The text of whole characters, and how many bytes of a cut one come before it."""
+    cut = next((at for at, byte in enumerate(content[:4]) if byte & 0xC0 != 0x80), 0)
+    for end in range(len(content), max(len(content) - 4, cut - 1), -1):
+        try:
+            return content[cut:end].decode(), cut
+        except UnicodeDecodeError:
+            continue
+    raise ValueError(f"the sample's tokens do not write UTF-8 text: got {content[:40]!r}; expected text")
+
+
+def _ends(written: Sequence[bytes]) -> Int64[np.ndarray, "token"]:
+    return np.cumsum([len(each) for each in written], dtype=np.int64)
+
+
+def _starts(ends: Int64[np.ndarray, "token"], first: int = 0) -> Int64[np.ndarray, "token"]:
+    return np.concatenate([[first], ends[:-1]]).astype(np.int64)[: len(ends)]
+
+
+def _prepends_space(side: TokenBytes) -> bool:
+    parts = _parts(side._description, "normalizer") + _parts(side._description, "pre_tokenizer")
+    return any(
+        part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+        for part in parts
+    )
+
+
+def _parts(description: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    """A tokenizer's decoder, normaliser or pre-tokenizer, sequences taken apart."""
+    part = description.get(field)
+    if part is None:
+        return []
+    inner = part.get("decoders") or part.get("normalizers") or part.get("pretokenizers")
+    return [each for member in inner for each in _parts({field: member}, field)] if inner else [part]
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes(_BYTES[symbol] for symbol in token)
+    except KeyError:
+        return token.encode()
+
+
+def _sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters byte-level tokenizers write bytes with (GPT-2's `bytes_to_unicode`): visible ones themselves, others above."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_alphabet()
