@@ -32,10 +32,10 @@ from kvstore.drop import read_dropped
 from kvstore.manifest import Manifest, plan_groups
 from kvstore.reader import Store
 from kvstore.records import plain
-from kvstore.spec import format_layers, parse_layers
+from kvstore.spec import format_layers
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter
-from pipeline.align import Alignment, default_student_layers
+from pipeline.align import Alignment, choose_student_layers
 from pipeline.align.spans import AlignedSample, TokenBytes, align_sample
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, load_tokenizer
@@ -159,11 +159,7 @@ class _Aligner:
 
     def _plan(self, student: Any) -> Alignment:
         store, settings = self._store, self._settings
-        layers = (
-            default_student_layers(len(student.layers))
-            if settings.layers is None
-            else parse_layers(settings.layers, student.layer_numbers)
-        )
+        layers = choose_student_layers(settings.layers, settings.layer_map, student.layer_numbers)
         alignment = Alignment.plan(store.manifest.teacher, student, layer_map=settings.layer_map, student_layers=layers)
         missing = set(alignment.teacher_layers) - set(store.spec.layer_numbers)
         if missing:

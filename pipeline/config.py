@@ -33,8 +33,8 @@ class ExtractConfig(pydantic.BaseModel):
     """Preset, id, folder or config file of a student: bakes its alignment, so the store is smaller and fits only it."""
     layers: str | None = None
     """'all', or a list such as '0,4,8-11' or '-1'. Teacher layers of a raw store, student layers of a baked one."""
-    layer_map: Literal["last_aligned", "uniform"] = "last_aligned"
-    """Which teacher layer a student layer takes when a student is named."""
+    layer_map: str = "last_aligned"
+    """Which teacher layer a student layer takes when a student is named: last_aligned, uniform, or pairs such as '0=3,1=9,-1=-1'."""
     codec: str = "mix"
     """raw, q8, fp8, q8z, mix, q4z or q4z-min (12 to 2.35 bits per value); layers may differ: 'mix,0=raw,24-27=q8'."""
     seq_len: int = pydantic.Field(2048, ge=2)

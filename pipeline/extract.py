@@ -25,7 +25,7 @@ from kvstore.manifest import MANIFEST, plan_groups, read_manifest
 from kvstore.samples import compact
 from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.storage import Folder, Storage, locate
-from pipeline.align import Alignment, default_student_layers
+from pipeline.align import Alignment, choose_student_layers
 from pipeline.budget import ByteBudget, refuse_small_budget
 from pipeline.config import ExtractConfig
 from pipeline.data.chat import template_fingerprint
@@ -243,11 +243,7 @@ def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
 
 def stored_geometry(config: ExtractConfig, teacher: KVSpec, student: KVSpec) -> tuple[Alignment, KVSpec]:
     """The alignment of the layers asked for, baked where that makes the store smaller, and the geometry that will lie on disk."""
-    layers = (
-        default_student_layers(len(student.layers))
-        if config.layers is None
-        else parse_layers(config.layers, student.layer_numbers)
-    )
+    layers = choose_student_layers(config.layers, config.layer_map, student.layer_numbers)
     alignment = Alignment.plan(teacher, student, layer_map=config.layer_map, student_layers=layers)
     if alignment.is_smaller:
         alignment = dataclasses.replace(alignment, baked=True)

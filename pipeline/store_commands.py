@@ -69,7 +69,12 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
 @click.option(
     "--tokenizer", help="Folder or id of the tokenizer of a fresh student [a pretrained student's own, else the store's]."
 )
-@click.option("--layer-map", default="last_aligned", show_default=True, help="last_aligned or uniform.")
+@click.option(
+    "--layer-map",
+    default="last_aligned",
+    show_default=True,
+    help="last_aligned, uniform, or student=teacher pairs like '0=3,1=9,-1=-1'.",
+)
 @click.option("--layers", help="Student layers: 'all' or a list like 0,4,8-11 or -1 [eight spread evenly].")
 @click.option("--codec", default="mix", show_default=True, help="As for extract.")
 @click.option(

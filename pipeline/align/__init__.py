@@ -5,7 +5,7 @@ keeps. Knows no model and no store.
 """
 
 from pipeline.align.alignment import Alignment, Comparison
-from pipeline.align.layers import default_student_layers
+from pipeline.align.layers import choose_student_layers, default_student_layers
 from pipeline.align.projectors import KVDimensionProjector, KVProjector
 from pipeline.align.time import build_safe_linear_indices, resample_kv_with_interpolation, safe_time_resample
 
@@ -15,6 +15,7 @@ __all__ = [
     "KVDimensionProjector",
     "KVProjector",
     "build_safe_linear_indices",
+    "choose_student_layers",
     "default_student_layers",
     "resample_kv_with_interpolation",
     "safe_time_resample",

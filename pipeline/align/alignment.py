@@ -16,7 +16,7 @@ from torch import Tensor
 from kvstore.errors import StoreFormatError
 from kvstore.spec import KVSpec, LayerSpec, RopeSpec, format_layers
 from pipeline.align.heads import Channels, key_channels, project_geometry, spread_channels
-from pipeline.align.layers import LAYER_MAPS
+from pipeline.align.layers import map_layers
 
 _Side = tuple[LayerSpec, RopeSpec | None]
 """One layer of one model, and how its keys rotate."""
@@ -48,7 +48,7 @@ class Alignment:
     layer_map: tuple[tuple[int, int], ...]
     """(student layer, teacher layer), by increasing student layer."""
     layer_map_name: str
-    """How `layer_map` came about: a name in `layers.LAYER_MAPS`, or what else made it."""
+    """How `layer_map` came about, as `layers.map_layers` reads it."""
     baked: bool = False
     """Whether the store already holds the projection: teacher layer numbers, student geometry (`stored_spec`)."""
 
@@ -92,15 +92,13 @@ class Alignment:
 
         Args:
             teacher: all attention layers of the teacher: depth is counted on what is here.
-            layer_map: `last_aligned` or `uniform`.
-            student_layers: the student's layer numbers to keep; None for all.
+            layer_map: as `layers.map_layers` reads it: `last_aligned`, `uniform` or pairs.
+            student_layers: the student's layer numbers to keep; None for all that are mapped.
 
         Raises:
             ValueError: an unknown map, a layer that does not exist, or whatever `Alignment` refuses.
         """
-        if layer_map not in LAYER_MAPS:
-            raise ValueError(f"layer_map: got {layer_map!r}, expected one of {sorted(LAYER_MAPS)}")
-        indices = LAYER_MAPS[layer_map](len(teacher.layers), len(student.layers))
+        pairs = map_layers(layer_map, teacher.layer_numbers, student.layer_numbers)
         wanted = set(student.layer_numbers if student_layers is None else student_layers)
         unknown = wanted - set(student.layer_numbers)
         if unknown or not wanted:
@@ -108,8 +106,6 @@ class Alignment:
                 f"student_layers: got {sorted(wanted)}, expected some of {format_layers(student.layer_numbers)}, the student's "
                 "attention layers"
             )
-        numbers = teacher.layer_numbers
-        pairs = zip(student.layer_numbers, (numbers[index] for index in indices), strict=True)
         return cls(
             teacher=teacher,
             student=student,

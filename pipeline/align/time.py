@@ -8,6 +8,8 @@ Suffixes: B batch, H heads, T token, D channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -79,6 +81,30 @@ def safe_time_resample(x: Float[Tensor, "..."], indices: Tensor) -> Float[Tensor
     if index.ndim == 1:
         return x.index_select(2, index)
     return x.gather(2, index[:, None, :, None].expand(B, H, T_out, D))
+
+
+def resample_segments(
+    kv: Float[Tensor, "..."], lengths_in: Sequence[int], lengths_out: Sequence[int]
+) -> Float[Tensor, "B H T_out D"]:
+    """Interpolate segment by segment, a prompt, its reasoning and its answer say, so that none runs into another.
+
+    Args:
+        kv: [B, H, T_in, D]; keys before rotation.
+        lengths_in: tokens of each segment of `kv`, which they fill; `lengths_out` those wanted, 0 to leave a segment out.
+
+    Raises:
+        ValueError: other numbers of segments, lengths that do not fill `kv`, or tokens asked of an empty segment.
+    """
+    if len(lengths_in) != len(lengths_out) or kv.ndim != 4 or sum(lengths_in) != kv.shape[2] or min(lengths_in, default=0) < 0:
+        raise ValueError(
+            f"resample_segments: got kv {list(kv.shape)} and segments {list(lengths_in)} to {list(lengths_out)}, expected kv [B, H, T_in, D], as "
+            "many segments on either side, and the first to add up to T_in"
+        )
+    pieces = [
+        resample_kv_with_interpolation(piece, length)
+        for piece, length in zip(torch.split(kv, list(lengths_in), dim=2), lengths_out, strict=True)
+    ]
+    return torch.cat(pieces, dim=2) if pieces else kv
 
 
 def resample_kv_with_interpolation(kv: Float[Tensor, "..."], T_out: int) -> Float[Tensor, "B H T_out D"]:

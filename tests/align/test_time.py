@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.align import build_safe_linear_indices, resample_kv_with_interpolation, safe_time_resample
-from pipeline.align.time import linear_positions
+from pipeline.align.time import linear_positions, resample_segments
 
 LENGTHS = st.integers(1, 40)
 SEEDS = st.integers(0, 1000)
@@ -223,3 +223,23 @@ def test_what_cannot_be_gathered_is_refused_with_its_shape(
 def test_interpolating_a_tensor_that_is_not_4d_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got kv \[2, 8, 4\], expected \[B, H, T_in, D\]"):
         resample_kv_with_interpolation(torch.zeros(2, 8, 4), 3)
+
+
+@given(segments=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=50)
+def test_segments_are_resampled_each_on_its_own(segments: list[tuple[int, int]]) -> None:
+    lengths_in, lengths_out = ([pair[side] for pair in segments] for side in (0, 1))
+    kv = torch.randn(2, 3, sum(lengths_in), 4)
+    out = resample_segments(kv, lengths_in, lengths_out)
+    first_in = first_out = 0
+    for length_in, length_out in segments:
+        piece = kv[:, :, first_in : first_in + length_in]
+        assert torch.equal(out[:, :, first_out : first_out + length_out], resample_kv_with_interpolation(piece, length_out))
+        first_in, first_out = first_in + length_in, first_out + length_out
+    assert out.shape[2] == first_out
+
+
+@pytest.mark.parametrize(("lengths_in", "lengths_out"), [([2, 3], [4]), ([2, 2], [1, 1]), ([5, 0], [5, 1]), ([6, -1], [1, 1])])
+def test_segments_that_do_not_fit_are_refused(lengths_in: list[int], lengths_out: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"got kv \[1, 1, 5, 2\] and segments|an empty sequence cannot be"):
+        resample_segments(torch.zeros(1, 1, 5, 2), lengths_in, lengths_out)
