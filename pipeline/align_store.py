@@ -36,7 +36,7 @@ from kvstore.spec import format_layers
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment, choose_student_layers
-from pipeline.align.spans import AlignedSample, TokenBytes, align_sample
+from pipeline.align.spans import AlignedSample, TimeMode, TokenBytes, align_sample
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
@@ -55,8 +55,8 @@ class AlignSettings:
     layers: str | None = None
     """Student layers, 'all' or a list; None for eight spread evenly."""
     codec: str = "mix"
-    last_only: bool = False
-    """Compare a student token with the last teacher token under it alone."""
+    time: TimeMode = "overlap"
+    """What a student token of another tokenizer takes of the teacher's."""
     workers: int = 1
     """Shards made at a time."""
 
@@ -192,7 +192,7 @@ class _Aligner:
             "alignment": self.alignment.to_json(),
             "codec": format_codecs(self._codecs),
             "aligned_from": manifest.signal_fingerprint,
-            "time": "identity" if self.same_tokens else "last" if self._settings.last_only else "byte_overlap",
+            "time": "identity" if self.same_tokens else self._settings.time,
         }
         return dataclasses.replace(
             manifest,
@@ -242,7 +242,7 @@ class _Aligner:
         has_kv = batch.learnt if self._store.manifest.is_response_only else np.ones(len(batch.input_ids), dtype=np.bool_)
         samples = []
         for first, last in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
-            sample = align_sample(self._theirs, self.ours, batch.input_ids[first:last], last_only=self._settings.last_only)
+            sample = align_sample(self._theirs, self.ours, batch.input_ids[first:last], self._settings.time)
             if not self.same_tokens:
                 # A first token's keys are those of an attention sink, wherever the student would have them.
                 usable = has_kv[first:last] & (np.arange(last - first) >= SINK_TOKENS)

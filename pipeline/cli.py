@@ -158,7 +158,7 @@ def demo(out: Path, workers: int, seed: int) -> None:
 
 for _command in (
     *(extract_commands.extract, extract_commands.plan, extract_commands.status),
-    *(store_commands.merge, store_commands.recode, store_commands.align, store_commands.drop),
+    *(store_commands.merge, store_commands.recode, store_commands.align, store_commands.match_layers, store_commands.drop),
 ):
     cli.add_command(_command)
 

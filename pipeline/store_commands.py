@@ -78,12 +78,17 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
 @click.option("--layers", help="Student layers: 'all' or a list like 0,4,8-11 or -1 [eight spread evenly].")
 @click.option("--codec", default="mix", show_default=True, help="As for extract.")
 @click.option(
-    "--last-token", is_flag=True, help="Take the last teacher token under each student token instead of the mean of all."
+    "--time",
+    type=click.Choice(["overlap", "last", "linear"]),
+    default="overlap",
+    show_default=True,
+    help="With another tokenizer: the mean of the teacher tokens under each student token, the last of them alone, or what lies at "
+    "the same share of the sample, whatever the text (for comparison).",
 )
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Shards made at a time.")
 @_out
 @_json
-def align(store: str, out: str, as_json: bool, last_token: bool, **chosen: Any) -> None:
+def align(store: str, out: str, as_json: bool, **chosen: Any) -> None:
     """Make a store for one student from a raw store, without the teacher.
 
     Heads, dims and layers become the student's where that is smaller. A student with another tokenizer gets its own tokens: each
@@ -98,8 +103,44 @@ def align(store: str, out: str, as_json: bool, last_token: bool, **chosen: Any) 
     from pipeline.align_store import AlignSettings, align_store
 
     with progress_bar("align", "tok") as progress:
-        summary = align_store(store, out, AlignSettings(last_only=last_token, **chosen), progress)
+        summary = align_store(store, out, AlignSettings(**chosen), progress)
     print_record(dataclasses.asdict(summary), as_json)
+
+
+@click.command("match-layers")
+@click.argument("store", metavar="RAW")
+@click.option("--student", required=True, help="A pretrained student: preset, Hugging Face id or folder.")
+@click.option("--tokens", type=click.IntRange(1), default=16_384, show_default=True, help="Tokens of the store to compare on.")
+@_json
+def match_layers(store: str, student: str, tokens: int, as_json: bool) -> None:
+    """Find the teacher layer that is most like each layer of a pretrained student.
+
+    The student reads the store's first tokens, and its keys and values are compared with the teacher's by linear CKA; of all maps that
+    never go back the one with the largest sum is printed as --layer-map takes it. Neighbouring layers often differ little.
+
+    \b
+    kvpipe match-layers raw-store --student qwen2-0.5b
+    kvpipe align raw-store --student qwen2-0.5b --layer-map 0=2,1=3,2=5 --out for-qwen
+    """
+    from pipeline.match_layers import match_layers as find
+
+    with progress_bar("compare", "tok") as progress:
+        found = find(store, student, tokens, progress)
+    if as_json:
+        print_record(dataclasses.asdict(found), as_json)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("student layer", "teacher layer", "CKA", "last_aligned's CKA")
+    for row, (layer, pair) in enumerate(zip(found.student_layers, found.layer_map.split(","), strict=True)):
+        teacher = int(pair.partition("=")[2])
+        usual = max(0, len(found.teacher_layers) - len(found.student_layers) + row)
+        cka = found.cka[row]
+        table.add_row(str(layer), str(teacher), f"{cka[found.teacher_layers.index(teacher)]:.3f}", f"{cka[usual]:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"--layer-map {found.layer_map}", soft_wrap=True, highlight=False)
 
 
 @click.command()

@@ -17,6 +17,7 @@ import pytest
 from kvstore import open_store
 from pipeline.demo import byte_tokenizer, run_demo, stdlib_sources, write_corpus
 from pipeline.presets_path import configs_dir
+from tests.experiments import train_student
 from training.sampler import split_held_out
 
 
@@ -94,16 +95,6 @@ def test_the_teacher_never_saw_the_documents_the_students_are_evaluated_on(short
     assert 2 < len(rows) < 8
 
 
-def _student(out: Path, store: Path, name: str, seed: int, *arm: str) -> float:
-    """Train one student by the command a user types; returns held-out nats per byte."""
-    settings = tomllib.loads((configs_dir() / "tiny" / "demo.toml").read_text())["train"]
-    flags = [item for key, value in settings.items() for item in ("--set", f"{key}={json.dumps(value)}")]
-    command = [sys.executable, "-m", "pipeline.cli", "train", "--store", str(store), "--out", str(out / name), "--json"]
-    student = ["--student", str(configs_dir() / "tiny" / "demo-student.toml"), "--seed", str(seed)]
-    done = subprocess.run([*command, *student, *flags, *arm], stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["eval_nats_per_byte"])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_keys_and_values_teach_and_not_only_by_their_statistics(tmp_path: Path) -> None:
@@ -113,7 +104,7 @@ def test_keys_and_values_teach_and_not_only_by_their_statistics(tmp_path: Path) 
     store = tmp_path / "demo" / "store"
     rate = record["students"]["CE only"]["config"]["learning_rate"]
     by_rate = {
-        factor * rate: _student(tmp_path, store, f"lr-{factor}", 0, "--ce-only", "--lr", str(factor * rate))
+        factor * rate: train_student(tmp_path, store, f"lr-{factor}", 0, "--ce-only", "--lr", str(factor * rate))
         for factor in (0.6, 1.5)
     }
     by_rate[rate] = record["students"]["CE only"]["eval_nats_per_byte"]
@@ -123,9 +114,12 @@ def test_keys_and_values_teach_and_not_only_by_their_statistics(tmp_path: Path) 
         plain, with_kv = (
             (record["students"][label]["eval_nats_per_byte"] for label in ("CE only", "CE + KV"))
             if seed == 0
-            else (_student(tmp_path, store, f"ce-{seed}", seed, "--ce-only"), _student(tmp_path, store, f"kv-{seed}", seed))
+            else (
+                train_student(tmp_path, store, f"ce-{seed}", seed, "--ce-only"),
+                train_student(tmp_path, store, f"kv-{seed}", seed),
+            )
         )
-        shuffled = _student(tmp_path, store, f"shuffled-{seed}", seed, "--set", "shuffle_targets=true")
+        shuffled = train_student(tmp_path, store, f"shuffled-{seed}", seed, "--set", "shuffle_targets=true")
         rows.append((plain, with_kv, shuffled))
         print(f"seed {seed}: CE {plain:.4f}  KV {with_kv:.4f}  shuffled targets {shuffled:.4f}")
     gains, content = [plain - kv for plain, kv, _ in rows], [shuffled - kv for _, kv, shuffled in rows]

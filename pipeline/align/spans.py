@@ -12,14 +12,18 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from pipeline.align.time import linear_positions
+
 Ids = Sequence[int] | np.ndarray
+TimeMode = Literal["overlap", "last", "linear"]
+"""`overlap`: the mean of the teacher tokens under a student token, by bytes; `last`: the last of them alone; `linear`: by position."""
 _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
 
@@ -156,14 +160,11 @@ class AlignedSample:
     said of that token, its role and its mask, holds for this one."""
 
 
-def align_sample(teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, last_only: bool = False) -> AlignedSample:
+def align_sample(teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, mode: TimeMode = "overlap") -> AlignedSample:
     """Write a sample's text in the student's tokens and find the teacher tokens under each.
 
     Characters cut by either end of the sample are left out. The student's own first special tokens come first; special tokens that
     both have by the same words stay where they are; a beginning or end of text becomes the student's.
-
-    Args:
-        last_only: compare with the last teacher token under a student token alone, instead of their mean by overlap.
 
     Raises:
         ValueError: a special token the student has no counterpart of, or a tokenizer that changes the text.
@@ -186,7 +187,7 @@ def align_sample(teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, las
             found.append(_frame([shared[teacher.special[int(piece[0])]]], first + start))
             continue
         opens = start == 0 and first > 0
-        student_ids, spans, source = _align_text(teacher, student, piece, last_only=last_only, opens=opens)
+        student_ids, spans, source = _align_text(teacher, student, piece, mode, opens=opens)
         offset = first + start
         spans = dataclasses.replace(spans, indices=spans.indices + offset)
         found.append((student_ids, spans, np.where(source < 0, source, source + offset)))
@@ -202,7 +203,7 @@ def align_sample(teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, las
 
 
 def align_tokens(
-    teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, student_ids: Ids, last_only: bool = False
+    teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, student_ids: Ids, mode: TimeMode = "overlap"
 ) -> SpanMap:
     """The teacher tokens under each student token of the same text.
 
@@ -220,7 +221,7 @@ def align_tokens(
             f"tokens of {student.name} and {teacher.name} write other texts from byte {at} on: {ours[at : at + 20]!r} and "
             f"{theirs[at : at + 20]!r}; expected the same. A tokenizer that normalises text cannot be aligned by bytes"
         )
-    return overlap_spans(_starts(teacher_ends), teacher_ends, _starts(student_ends), student_ends, last_only=last_only)
+    return _spans(_starts(teacher_ends), teacher_ends, _starts(student_ends), student_ends, mode)
 
 
 def overlap_spans(
@@ -248,8 +249,34 @@ def overlap_spans(
     return SpanMap(indptr=indptr, indices=real[entry], weights=(overlap / total[row]).astype(np.float32))
 
 
+def linear_spans(num_teacher: int, num_student: int) -> SpanMap:
+    """Interpolate by position alone, first to first and last to last, whatever the tokens write: for comparison, or other text.
+
+    Raises:
+        ValueError: there is nothing to interpolate.
+    """
+    whole, remainder = (each.numpy() for each in linear_positions(num_teacher, num_student))
+    weight = remainder / max(num_student - 1, 1)
+    counts = 1 + (remainder > 0)
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    indices = np.repeat(whole, counts)
+    weights = np.repeat(1.0 - weight, counts)
+    above = indptr[1:][remainder > 0] - 1
+    indices[above] += 1
+    weights[above] = weight[remainder > 0]
+    return SpanMap(indptr=indptr, indices=indices, weights=weights.astype(np.float32))
+
+
+def _spans(
+    teacher_starts: np.ndarray, teacher_ends: np.ndarray, student_starts: np.ndarray, student_ends: np.ndarray, mode: TimeMode
+) -> SpanMap:
+    if mode == "linear":
+        return linear_spans(len(teacher_ends), len(student_ends))
+    return overlap_spans(teacher_starts, teacher_ends, student_starts, student_ends, last_only=mode == "last")
+
+
 def _align_text(
-    teacher: TokenBytes, student: TokenBytes, ids: np.ndarray, *, last_only: bool, opens: bool
+    teacher: TokenBytes, student: TokenBytes, ids: np.ndarray, mode: TimeMode, *, opens: bool
 ) -> tuple[np.ndarray, SpanMap, np.ndarray]:
     """The same for tokens without special ones.
 
@@ -280,7 +307,7 @@ def _align_text(
         _starts(teacher_ends, -skip),
         np.maximum(_starts(student_ends, len(content) - len(joined)), 0),
     )
-    spans = overlap_spans(teacher_starts, teacher_ends, student_starts, student_ends, last_only=last_only)
+    spans = _spans(teacher_starts, teacher_ends, student_starts, student_ends, mode)
     # The first teacher token that reaches the student token's end writes its last byte.
     source = np.searchsorted(teacher_ends, student_ends, side="left")
     return student_ids, spans, np.minimum(source, len(ids) - 1)

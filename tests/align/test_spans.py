@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.align.spans import SpanMap, TokenBytes, align_sample, align_tokens
+from pipeline.align import resample_kv_with_interpolation
+from pipeline.align.spans import SpanMap, TokenBytes, align_sample, align_tokens, linear_spans
 from tests.checkpoints import byte_tokenizer
 
 ODD = [
@@ -129,7 +130,7 @@ def test_spans_equal_a_dense_reference_byte_by_byte(teacher: str, student: str, 
     np.testing.assert_allclose(expected.sum(axis=1)[spans.kept], 1.0)
     firsts = spans.indices[spans.indptr[:-1][spans.kept]]
     assert (np.diff(firsts) >= 0).all(), "time goes forwards"
-    last = align_tokens(theirs, ours, teacher_ids, student_ids, last_only=True)
+    last = align_tokens(theirs, ours, teacher_ids, student_ids, "last")
     assert (last.kept == spans.kept).all()
     assert (last.indices == spans.indices[spans.indptr[1:][spans.kept] - 1]).all()
     if teacher == "bytes":
@@ -191,12 +192,12 @@ def test_ends_of_text_are_each_others_and_do_not_change_the_rest() -> None:
     llama, gpt = side("sentencepiece"), side("large")
     bos, eos = llama.tokenizer.bos_token_id, llama.tokenizer.eos_token_id
     plain = align_sample(llama, gpt, llama.encode("def f(x)"))
-    framed = align_sample(llama, gpt, [bos, *llama.encode("def f(x)"), eos])
+    framed = align_sample(llama, gpt, [bos, *llama.encode("def f(x)").tolist(), eos])
     assert framed.input_ids.tolist() == [*gpt.encode("def f(x)"), gpt.tokenizer.eos_token_id]
     inner = to_dense(framed.spans, 2 + len(llama.encode("def f(x)")))[:-1, 1:-1]
     np.testing.assert_array_equal(inner[1:], to_dense(plain.spans, inner.shape[1])[len(plain.input_ids) - len(inner) + 1 :])
     assert framed.source[-1] == len(llama.encode("def f(x)")) + 1
-    back = align_sample(gpt, llama, [*gpt.encode("def f(x)"), gpt.tokenizer.eos_token_id])
+    back = align_sample(gpt, llama, [*gpt.encode("def f(x)").tolist(), gpt.tokenizer.eos_token_id])
     assert (back.input_ids[0], back.input_ids[-1]) == (bos, eos)
     assert not back.spans.kept[0], "there is no beginning of text on the teacher's side"
 
@@ -245,3 +246,10 @@ def test_rows_are_weighted_means_with_gradients_and_zero_without_a_counterpart()
     assert x.grad is not None
     assert x.grad[2].abs().sum() == 0
     assert (spans.kept.tolist(), spans.coverage) == ([True, False, True], pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(("num_teacher", "num_student"), [(1, 4), (5, 1), (7, 7), (5, 12), (12, 5), (13, 4)])
+def test_linear_spans_are_linear_interpolation(num_teacher: int, num_student: int) -> None:
+    x = torch.randn(num_teacher, 2, 3, dtype=torch.float64)
+    expected = resample_kv_with_interpolation(x.transpose(0, 1)[None], num_student)[0].transpose(0, 1)
+    torch.testing.assert_close(linear_spans(num_teacher, num_student).apply(x), expected, atol=1e-6, rtol=1e-6)
