@@ -24,6 +24,14 @@ from pipeline.presets_path import configs_dir
 _TEACHER_FIELDS = ("d_model", "num_layers", "num_kv_heads", "head_dim")
 
 
+COLLAPSED = 0.1
+"""Part of its first variance below which the output of a trained projector counts as collapsed."""
+
+
+class CollapseError(ValueError):
+    """A projector that is being trained gives nearly a constant: stop, and train the student's side instead."""
+
+
 class KVProjector(nn.Module):
     """Project keys and values [B, Ht, T, Dt] to [B, Hs, T, Ds]; for equal geometry the very same objects come back.
 
@@ -32,6 +40,8 @@ class KVProjector(nn.Module):
         teacher_rope: how the teacher rotates keys, and `student_rope` the student; when not given, both are taken to rotate
             the whole head in halves with equal bases.
         trainable: add a linear residual from `Dt` to `Ds` for K and for V, starting at zero (see the module's warning).
+
+    While a residual is trained, `forward` raises CollapseError once the output varies less than a tenth of the fixed map's.
     """
 
     def __init__(
@@ -86,7 +96,10 @@ class KVProjector(nn.Module):
             return project_heads(select_channels(x_BHTD, channels), self.Hs, head_axis=-3)
         pooled = project_heads(x_BHTD, self.Hs, head_axis=-3)
         learned: Tensor = residual(pooled.to(residual.weight.dtype))
-        return select_channels(pooled, channels) + learned.to(x_BHTD.dtype)
+        fixed = select_channels(pooled, channels)
+        out = fixed + learned.to(x_BHTD.dtype)
+        _refuse_collapse(residual, fixed, out)
+        return out
 
 
 class KVDimensionProjector(nn.Module):
@@ -225,7 +238,26 @@ class _ResidualMLP(nn.Module):
     def forward(self, x: Float[Tensor, "*lead H T D"]) -> Float[Tensor, "*lead H T D"]:
         flat = x.transpose(-3, -2).flatten(-2).to(self.inner.weight.dtype)
         learned: Tensor = self.outer(nn.functional.gelu(self.inner(flat))).to(x.dtype)
-        return x + learned.reshape(x.transpose(-3, -2).shape).transpose(-3, -2)
+        out = x + learned.reshape(x.transpose(-3, -2).shape).transpose(-3, -2)
+        _refuse_collapse(self.outer, x, out)
+        return out
+
+
+def _refuse_collapse(residual: nn.Linear, fixed: Tensor, out: Tensor) -> None:
+    """While a residual is trained, stop once what comes out varies much less than at the start, when it was the fixed map's output.
+
+    Raises:
+        CollapseError: it does.
+    """
+    if not (residual.training and residual.weight.requires_grad and torch.is_grad_enabled()) or fixed.numel() < 2:
+        return
+    start, now = (float(values.detach().float().var()) for values in (fixed, out))
+    if now < COLLAPSED * start:
+        raise CollapseError(
+            f"projector: the variance of what it gives fell to {now:.3g}, expected at least {COLLAPSED:g} of the {start:.3g} it began with: it "
+            "learns to give the student what is easy instead of what the teacher says, and the KV loss falls while the student gets worse. Fit it "
+            "offline to a pretrained student and freeze it, or adapt the student's side"
+        )
 
 
 def _zero_linear(num_in: int, num_out: int) -> nn.Linear:

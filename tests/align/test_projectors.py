@@ -17,6 +17,7 @@ from pipeline.align import (
     resample_kv_with_interpolation,
     safe_time_resample,
 )
+from pipeline.align.projectors import CollapseError
 from pipeline.align.rope import rotate
 from tests.align.cases import DIM_PAIRS, HEAD_PAIRS, plain_rope
 
@@ -298,3 +299,46 @@ def test_a_shipped_preset_gives_the_students_head_dim() -> None:
     projector = KVDimensionProjector({"qwen2-7b": {"d_model": 3584, "num_layers": 28}}, 2048, 2)
     k, v = random_kv(1, 4, 3, 128)
     assert projector.project_teacher_kv("qwen2-7b", k, v)[0].shape == (1, 2, 3, 128)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_projector_that_learns_to_give_nothing_is_stopped(kind: str) -> None:
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 4, 30, 8), torch.randn(2, 4, 30, 8)
+    projector: torch.nn.Module
+    if kind == "linear":
+        projector = KVProjector(4, 2, 8, 8, trainable=True)
+    else:
+        projector = KVDimensionProjector(
+            {"teacher": {"d_model": 32, "num_layers": 2, "head_dim": 8}},
+            16,
+            2,
+            mlp_ratio=4.0,
+            student_head_dim=8,
+            trainable=True,
+        )
+
+    def project() -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(projector, KVDimensionProjector):
+            return projector.project_teacher_kv("teacher", k, v)
+        found: tuple[torch.Tensor, torch.Tensor] = projector(k, v)
+        return found
+
+    optimizer = torch.optim.Adam(projector.parameters(), lr=0.02)
+    losses = []
+
+    def train() -> None:
+        for _ in range(2000):
+            loss = sum((side.square().mean() for side in project()), torch.zeros(()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+
+    with pytest.raises(CollapseError, match=r"the variance of what it gives fell to .*, expected at least 0\.1 of the"):
+        train()
+    assert losses[-1] < 0.5 * losses[0], "the loss itself only ever looked better"
+    with torch.no_grad():
+        project()
+    projector.eval()
+    project()
