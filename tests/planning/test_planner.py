@@ -174,6 +174,7 @@ def test_a_limit_that_is_too_small_is_told_with_what_would_fit(teacher: Path, co
         assert bytes_of(out) == pytest.approx(other.total_bytes, rel=0.03)
 
 
+@pytest.mark.slow
 def test_with_the_limit_it_names_the_run_finishes_and_with_less_it_may_not(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     config = config_of(teacher, corpus, tmp_path / "store")
     estimate = plan(config)
