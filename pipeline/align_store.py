@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore import KVStoreError, open_store
+from kvstore import FingerprintMismatchError, KVStoreError, open_store
 from kvstore.calibration import (
     CALIBRATION_TOKENS,
     SINK_TOKENS,
@@ -36,6 +36,7 @@ from kvstore.spec import format_layers
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment, choose_student_layers
+from pipeline.align.fit import Fit
 from pipeline.align.spans import AlignedSample, TimeMode, TokenBytes, align_sample
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, load_tokenizer
@@ -55,6 +56,8 @@ class AlignSettings:
     layers: str | None = None
     """Student layers, 'all' or a list; None for eight spread evenly."""
     codec: str = "mix"
+    fit: str | None = None
+    """File of `kvpipe fit` with fitted maps of heads and dims; None for the area map."""
     time: TimeMode = "overlap"
     """What a student token of another tokenizer takes of the teacher's."""
     workers: int = 1
@@ -155,6 +158,7 @@ class _Aligner:
         self._positions = getattr(student.config, "max_position_embeddings", None)
         self.alignment = self._plan(probe_kv_spec(student, key_domain=store.spec.key_domain))
         self._spec = self.alignment.stored_spec() if self.alignment.baked else store.spec.select(self.alignment.teacher_layers)
+        self._fit = None if settings.fit is None else self._load_fit(settings.fit)
         self._codecs = parse_codecs(settings.codec, self._spec.layer_numbers)
 
     def _plan(self, student: Any) -> Alignment:
@@ -180,6 +184,20 @@ class _Aligner:
             )
         return alignment
 
+    def _load_fit(self, path: str) -> Fit:
+        fit = Fit.load(path)
+        fit.require(self.alignment)
+        if fit.store != self._store.manifest.fingerprint:
+            raise FingerprintMismatchError(
+                f"--fit: {path} was fitted on store {fit.store[:12]}, expected {self._store.manifest.fingerprint[:12]} ({self._store.location}); fit "
+                "again on this store"
+            )
+        if not self.alignment.baked:
+            raise ValueError(
+                f"--fit: heads and dims of {self._settings.student} are not smaller, so nothing is projected here; leave it out"
+            )
+        return fit
+
     def manifest(self) -> Manifest:
         """But for layout, data and calibration."""
         manifest = self._store.manifest
@@ -194,6 +212,8 @@ class _Aligner:
             "aligned_from": manifest.signal_fingerprint,
             "time": "identity" if self.same_tokens else self._settings.time,
         }
+        if self._fit is not None:
+            signal["fit"] = {"fit_id": self._fit.fit_id, "method": self._fit.method}
         return dataclasses.replace(
             manifest,
             spec=self._spec,
@@ -302,6 +322,8 @@ class _Aligner:
                 key, value = (
                     torch.cat([sample.spans.apply(side[first:last]) for first, last, sample in bounds]) for side in (key, value)
                 )
-            if self.alignment.baked:
+            if self._fit is not None:
+                key, value = self._fit.maps[layer].project(key, value)
+            elif self.alignment.baked:
                 key, value = self.alignment.project(layer, key, value)
             yield layer, key.numpy(), value.numpy()

@@ -17,10 +17,9 @@ from typing import Any
 
 import click
 
-from pipeline import extract_commands, store_commands
+from pipeline import extract_commands, fit_commands, store_commands
 from pipeline.options import CONFIG_OPTIONS, misuse, with_options
-from pipeline.terminal import growth_lines, report_lines, say
-from pipeline.terminal import print_record as _print_record
+from pipeline.terminal import growth_lines, print_record, progress_bar, report_lines, say
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -139,7 +138,37 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
     from training.trainer import run_training
 
     summary = run_training(chosen, say)
-    _print_record(summary.model_dump(mode="json", exclude=set() if as_json else {"config"}), as_json)
+    print_record(summary.model_dump(mode="json", exclude=set() if as_json else {"config"}), as_json)
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option(
+    "--data", multiple=True, required=True, help="As for extract: files, globs, jsonl, parquet, a datasets folder, a hub id."
+)
+@click.option("--text-field", default="text", show_default=True, help="Column or key with the text.")
+@click.option("--split", default="train", show_default=True, help="Split of a hub or datasets data set.")
+@click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens of a sample.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens [all].")
+@click.option("--batch-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Padded tokens computed at once.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ... or auto.")
+@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or the checkpoint's own.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def evaluate(data: tuple[str, ...], as_json: bool, **chosen: Any) -> None:
+    """Measure how well MODEL predicts text: perplexity per token and nats per byte.
+
+    MODEL is a preset, a hub id or a folder: a teacher, or the model/ of a run. Nats per byte can be compared between models of other
+    tokenizers, perplexity cannot. Of conversations only what the assistant says is predicted.
+
+    \b
+    kvpipe eval runs/kv/model --data held-out.jsonl
+    """
+    from pipeline.evaluate import EvalSettings, evaluate
+
+    with progress_bar("evaluate", "tok") as progress:
+        summary = evaluate(EvalSettings(data=data, **chosen), progress)
+    print_record(dataclasses.asdict(summary), as_json)
 
 
 @cli.command()
@@ -158,6 +187,7 @@ def demo(out: Path, workers: int, seed: int) -> None:
 
 for _command in (
     *(extract_commands.extract, extract_commands.plan, extract_commands.status),
+    fit_commands.fit,
     *(store_commands.merge, store_commands.recode, store_commands.align, store_commands.match_layers, store_commands.drop),
 ):
     cli.add_command(_command)

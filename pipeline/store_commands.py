@@ -77,6 +77,7 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
 )
 @click.option("--layers", help="Student layers: 'all' or a list like 0,4,8-11 or -1 [eight spread evenly].")
 @click.option("--codec", default="mix", show_default=True, help="As for extract.")
+@click.option("--fit", help="File of 'kvpipe fit' with fitted maps of heads and dims [the area map].")
 @click.option(
     "--time",
     type=click.Choice(["overlap", "last", "linear"]),

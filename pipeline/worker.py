@@ -111,7 +111,7 @@ class Worker:
 
     `run` may be called by several threads at once, which share the teacher in turn; the other methods wait for it too. Beside the
     teacher and its activations it holds, for each thread in `run`, the codes of one shard (of each array at most 256 MiB, or one
-    sample) and one compressed array of them, QUEUE_BYTES of codes coming from a GPU and, on the CPU, KEPT_BYTES.
+    sample), QUEUE_BYTES of codes coming from a GPU and, on the CPU, KEPT_BYTES.
     """
 
     def __init__(self, source: TeacherSource, environment: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -74,3 +74,20 @@ def test_a_student_with_another_tokenizer_learns_from_the_tokens_under_its_own(
     gains = {name: [plain - loss for plain, loss in zip(rows["CE"], losses, strict=True)] for name, losses in rows.items()}
     assert min(gains["KV, overlap"]) > 0
     assert statistics.mean(gains["KV, overlap"]) >= 0.05
+
+
+def test_students_learn_from_fitted_projections_and_from_the_plain_mean_of_heads(raw_store: Path, tmp_path: Path) -> None:
+    rows: dict[str, list[float]] = {}
+    for method in ("group-mean", "procrustes", "complex-pca"):
+        maps, store = tmp_path / f"{method}.safetensors", tmp_path / method
+        found = kvpipe("fit", "--store", str(raw_store), "--student", STUDENT, "--method", method, "--out", str(maps))
+        shares = [(round(row["key_held_out"], 3), round(row["value_held_out"], 3)) for row in found["retained"]]
+        print(f"{method}: retained of keys and values by layer, held out: {shares}")
+        kvpipe("align", str(raw_store), "--student", STUDENT, "--fit", str(maps), "--out", str(store))
+        if not rows:
+            rows["CE"] = [train_student(tmp_path, store, f"ce-{seed}", seed, "--ce-only") for seed in SEEDS]
+        rows[method] = [train_student(tmp_path, store, f"{method}-{seed}", seed) for seed in SEEDS]
+    table(rows)
+    for method, losses in rows.items():
+        gains = [plain - loss for plain, loss in zip(rows["CE"], losses, strict=True)]
+        assert method == "CE" or statistics.mean(gains) > 0, method

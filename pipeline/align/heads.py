@@ -97,7 +97,8 @@ def project_geometry(
 def _split_channels(dim: int, rope: RopeSpec) -> tuple[list[tuple[int, int, float]], list[int]]:
     """Rotated pairs as (first channel, second channel, frequency), and the channels that pass through.
 
-    A pair of frequency zero (models write partial rotation so) does not rotate and counts as passing through.
+    A pair of frequency zero (models write partial rotation so) does not rotate and counts as passing through. One of negative frequency
+    turns the other way: as its second channel with its first.
     """
     num_pairs = len(rope.inv_freq)
     if rope.start < 0 or rope.start + rope.rotary_dim > dim:
@@ -107,7 +108,11 @@ def _split_channels(dim: int, rope: RopeSpec) -> tuple[list[tuple[int, int, floa
         )
     step, gap = (2, 1) if rope.kind == "interleaved" else (1, num_pairs)
     firsts = [rope.start + step * pair for pair in range(num_pairs)]
-    pairs = [(first, first + gap, f) for first, f in zip(firsts, rope.inv_freq, strict=True) if f > 0]
+    pairs = [
+        (first, first + gap, f) if f > 0 else (first + gap, first, -f)
+        for first, f in zip(firsts, rope.inv_freq, strict=True)
+        if f != 0
+    ]
     rotated = {channel for first, second, _ in pairs for channel in (first, second)}
     return pairs, [channel for channel in range(dim) if channel not in rotated]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
@@ -50,6 +51,10 @@ def test_divisible_head_maps_are_group_mean_and_repeat_and_undo_each_other(few: 
     torch.testing.assert_close(down @ up, torch.eye(few, dtype=torch.float64))
 
 
+def backwards(rope: RopeSpec) -> RopeSpec:
+    return dataclasses.replace(rope, inv_freq=tuple(-f for f in rope.inv_freq))
+
+
 def test_a_head_map_without_heads_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got Ht=0, Hs=2, expected at least one head .*num_key_value_heads"):
         head_map(0, 2)
@@ -82,6 +87,8 @@ def test_equal_rotations_select_every_channel_in_place() -> None:
         pytest.param(64, plain_rope(64), 32, plain_rope(32, kind="interleaved"), id="half-to-interleaved"),
         pytest.param(64, plain_rope(64, kind="interleaved"), 64, plain_rope(64), id="interleaved-to-half-of-equal-dim"),
         pytest.param(128, plain_rope(64), 64, plain_rope(32), id="partial"),
+        pytest.param(64, backwards(plain_rope(64)), 32, plain_rope(32), id="turning-backwards-to-forwards"),
+        pytest.param(64, plain_rope(64), 32, backwards(plain_rope(32, kind="interleaved")), id="forwards-to-backwards"),
         pytest.param(96, plain_rope(64, start=32), 48, plain_rope(32), id="partial-at-the-end-to-start"),
         pytest.param(48, plain_rope(32), 96, plain_rope(64, start=32, kind="interleaved"), id="partial-up"),
     ],

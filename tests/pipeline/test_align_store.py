@@ -12,12 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kvstore import KVStoreError, open_store
+from kvstore import FingerprintMismatchError, KVStoreError, open_store
 from kvstore.describe import describe
 from kvstore.reader import Store
 from kvstore.rewrite import recode_store
 from kvstore.verify import verify_store
 from pipeline.align import Alignment
+from pipeline.align.fit import Fit
 from pipeline.align_store import AlignSettings, align_store
 from pipeline.cli import cli
 from tests.align.test_spans import dense, side
@@ -155,6 +156,26 @@ def test_a_student_trains_from_a_store_in_its_own_tokens(raw: Path, tokenizer: s
         )
     )
     assert summary.eval_loss > 0
+
+
+def test_fitted_maps_project_instead_of_the_mean_and_only_on_their_own_store(raw: Path, source: Source, tmp_path: Path) -> None:
+    student, maps = student_file(tmp_path), tmp_path / "maps.safetensors"
+    fitted = CliRunner().invoke(
+        cli, ["fit", "--store", str(raw), "--student", student, "--layers", "all", "--out", str(maps), "--json"]
+    )
+    assert fitted.exit_code == 0, fitted.output
+    align_store(str(raw), str(tmp_path / "out"), AlignSettings(student=student, codec="raw", fit=str(maps)))
+    store, before, fit = open_store(tmp_path / "out"), open_store(raw), Fit.load(maps)
+    assert store.manifest.signal["fit"] == {"fit_id": fit.fit_id, "method": "complex-pca"}
+    for number, identity in enumerate(store.samples.ids):
+        whole = before.read([before.samples.ids.index(identity)], [3])
+        key, value = fit.maps[3].project(torch.from_numpy(whole.key[0]), torch.from_numpy(whole.value[0]))
+        batch = store.read([number], [3])
+        np.testing.assert_array_equal(batch.key[0], key)
+        np.testing.assert_array_equal(batch.value[0], value)
+    other = write_store(tmp_path / "other", random_source(source.spec, [50]), "raw", tokenizer=raw.parent / "tokenizer")
+    with pytest.raises(FingerprintMismatchError, match=r"was fitted on store .*; fit again on this store"):
+        align_store(str(other), str(tmp_path / "no"), AlignSettings(student=student, fit=str(maps)))
 
 
 def test_masks_survive_another_codec(raw: Path, tokenizer: str, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Fitted maps of all layers, how they came about, and the file they are kept in. Knows no store and no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kvstore.errors import FingerprintMismatchError, StoreFormatError
+from kvstore.records import canonical_json, differences, plain
+from kvstore.spec import LayerSpec, RopeSpec
+from pipeline.align.alignment import Alignment
+from pipeline.align.fitted import FittedMap, Method, Retained
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fit:
+    """Fitted maps of all teacher layers an alignment uses, and how they came about."""
+
+    method: Method
+    alignment: Alignment
+    """Geometry and rotation of both sides and the layer map; not baked."""
+    store: str
+    """Fingerprint of the store the sums were taken over."""
+    num_tokens: int
+    num_held_out_tokens: int
+    maps: Mapping[int, FittedMap]
+    """By teacher layer."""
+    retained: Mapping[int, Retained]
+    """On the tokens of the fit, by teacher layer."""
+    retained_held_out: Mapping[int, Retained]
+    """On tokens the fit has not seen; empty if none were held out."""
+    attention_cosine: Mapping[int, float]
+    """`fitted.attention_cosine` on held-out samples, by teacher layer; empty if none were held out."""
+
+    @property
+    def fit_id(self) -> str:
+        """sha256 of the record and all numbers, in hex; the same whatever wrote the file."""
+        digest = hashlib.sha256(canonical_json(self._record()).encode())
+        for name, array in sorted(self._arrays().items()):
+            digest.update(f"{name}{list(array.shape)}".encode())
+            digest.update(np.ascontiguousarray(array.numpy(), dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, beside and renamed: whole or not at all."""
+        path = Path(path)
+        metadata = {"fit_id": self.fit_id, "record": canonical_json(self._record())}
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_bytes(save(self._arrays(), metadata))
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fit:
+        """Read what `save` wrote, bit for bit.
+
+        Raises:
+            StoreFormatError: no such file, or its content does not hash to the fit_id it names.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            fit = cls._from_record(json.loads(metadata["record"]), arrays)
+            expected = metadata["fit_id"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StoreFormatError(f"{path}: {error!r}; expected a file that 'kvpipe fit' made") from error
+        if fit.fit_id != expected:
+            raise StoreFormatError(
+                f"{path}: fit_id: got {fit.fit_id} from the content, expected {expected}; the file was changed. Fit again"
+            )
+        return fit
+
+    def require(self, alignment: Alignment, fit_id: str | None = None) -> None:
+        """Refuse to be used for anything else than what it was fitted for.
+
+        Args:
+            alignment: whose used layers have to be fitted, for the same geometry and rotation.
+            fit_id: the one a store names, None for any.
+
+        Raises:
+            FingerprintMismatchError: another fit_id, or layers that are missing or of other geometry.
+        """
+        if fit_id is not None and self.fit_id != fit_id:
+            raise FingerprintMismatchError(f"fit_id: got {self.fit_id}, expected {fit_id}; use the file that was baked with")
+        missing = sorted(set(alignment.teacher_layers) - set(self.maps))
+        if missing:
+            raise FingerprintMismatchError(f"fit: got teacher layers {sorted(self.maps)}, expected {missing} too; fit again")
+        for layer in alignment.teacher_layers:
+            for difference in differences(_sides(self.alignment, layer), _sides(alignment, layer), f"layer {layer}"):
+                raise FingerprintMismatchError(f"fit: {difference}; it was made for other geometry. Fit again for this student")
+
+    def _arrays(self) -> dict[str, Tensor]:
+        sides = {f"layer.{layer}": fitted for layer, fitted in self.maps.items()}
+        arrays = {f"{name}.key": fitted.key for name, fitted in sides.items()}
+        arrays |= {f"{name}.value": fitted.value for name, fitted in sides.items()}
+        return {name: array.cpu().contiguous() for name, array in arrays.items()}
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "alignment": self.alignment.to_json(),
+            "store": self.store,
+            "num_tokens": self.num_tokens,
+            "num_held_out_tokens": self.num_held_out_tokens,
+            "retained": {str(layer): dataclasses.asdict(share) for layer, share in self.retained.items()},
+            "retained_held_out": {str(layer): dataclasses.asdict(share) for layer, share in self.retained_held_out.items()},
+            "attention_cosine": {str(layer): cosine for layer, cosine in self.attention_cosine.items()},
+        }
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any], arrays: Mapping[str, Tensor]) -> Fit:
+        alignment = Alignment.from_json(record["alignment"])
+        shares = {
+            name: {int(layer): Retained(**share) for layer, share in record[name].items()}
+            for name in ("retained", "retained_held_out")
+        }
+        maps = {
+            layer: FittedMap(key=arrays[f"layer.{layer}.key"], value=arrays[f"layer.{layer}.value"])
+            for layer in alignment.teacher_layers
+        }
+        return cls(
+            method=cast(Method, record["method"]),
+            alignment=alignment,
+            store=str(record["store"]),
+            num_tokens=int(record["num_tokens"]),
+            num_held_out_tokens=int(record["num_held_out_tokens"]),
+            maps=maps,
+            attention_cosine={int(layer): float(cosine) for layer, cosine in record["attention_cosine"].items()},
+            **shares,
+        )
+
+
+def student_side(alignment: Alignment, teacher_layer: int) -> tuple[LayerSpec, RopeSpec | None]:
+    """Geometry and rotation of the student layers that are compared with a teacher layer; those of one are alike."""
+    number = next(student for student, teacher in alignment.layer_map if teacher == teacher_layer)
+    return alignment.student.layer(number), alignment.student.rope_of(number)
+
+
+def _sides(alignment: Alignment, teacher_layer: int) -> Any:
+    student, student_rope = student_side(alignment, teacher_layer)
+    teacher_rope = alignment.teacher.rope_of(teacher_layer)
+    record = {
+        side: {"geometry": layer.geometry, "rope": dataclasses.asdict(rope) if rope else None}
+        for side, layer, rope in (
+            ("teacher", alignment.teacher.layer(teacher_layer), teacher_rope),
+            ("student", student, student_rope),
+        )
+    }
+    return plain({**record, "key_domain": alignment.teacher.key_domain})

@@ -1,0 +1,155 @@
+"""Fit projections for one student on the keys and values of a raw store, one sample in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from kvstore import KVStoreError
+from kvstore.calibration import calibration_mask
+from kvstore.compose import Progress
+from kvstore.reader import KVBatch, Store
+from kvstore.spec import KVSpec, format_layers
+from pipeline.align.alignment import Alignment
+from pipeline.align.fit import Fit, student_side
+from pipeline.align.fitted import FittedMap, Method, attention_cosine, fit_map, retained_variance
+from pipeline.align.sums import Sums
+
+FIT_TOKENS = 262_144
+"""As many as head alignment was shown to work with (arXiv 2412.20677); at least twenty for each kv head times head dim are wanted."""
+_ATTENTION_SAMPLES, _ATTENTION_TOKENS = 8, 512
+
+
+def fit_store(
+    store: Store,
+    student: KVSpec,
+    method: Method = "complex-pca",
+    *,
+    layer_map: str = "last_aligned",
+    student_layers: Sequence[int] | None = None,
+    tokens: int = FIT_TOKENS,
+    held_out: float = 0.1,
+    progress: Progress = lambda *_: None,
+) -> Fit:
+    """Fit a map for every teacher layer in use.
+
+    Samples are taken in the store's order. Of their tokens the first, attention sinks with extreme values, do not count, nor do
+    those of prompts in a response-only store, which have no keys.
+
+    Args:
+        student_layers: the student's layers to fit for, None for all.
+        tokens: stop once so many tokens are counted; the last sample counts whole.
+        held_out: share of samples, spread evenly, which the fit does not see. Retained variance is measured on them, and on the
+            first tokens of a few of them attention.
+
+    Raises:
+        ValueError: no such layers, or geometry that the method cannot map.
+        KVStoreError: the store is baked, lacks layers, holds rotated keys or MLA latents, or has no tokens to count.
+    """
+    _refuse_store(store)
+    if not 0 <= held_out < 1 or tokens < 1:
+        raise ValueError(
+            f"fit: got held_out {held_out}, tokens {tokens}, expected a share from 0 to below 1 and at least 1 token"
+        )
+    alignment = Alignment.plan(store.manifest.teacher, student, layer_map, student_layers)
+    missing = sorted(set(alignment.teacher_layers) - set(store.spec.layer_numbers))
+    if missing:
+        raise KVStoreError(
+            f"fit: {layer_map} needs teacher layers {format_layers(alignment.teacher_layers)}, {store.location} lacks "
+            f"{format_layers(missing)}; choose another --layer-map, or extract them"
+        )
+    seen, unseen = _empty_sums(alignment), _empty_sums(alignment)
+    held_out_samples = []
+    counted, total = 0, min(tokens, int(store.samples.num_tokens.sum()))
+    for index in range(len(store)):
+        is_held_out = int((index + 1) * held_out) > int(index * held_out)
+        if is_held_out:
+            held_out_samples.append(index)
+        counted += _count_sample(store, index, unseen if is_held_out else seen)
+        progress(min(counted, total), total)
+        if counted >= tokens:
+            break
+    progress(total, total)
+    num_tokens, num_held_out = (next(iter(sums.values())).count for sums in (seen, unseen))
+    if num_tokens == 0:
+        raise KVStoreError(
+            f"fit: {store.location} has no tokens to fit on; got {len(store)} samples, expected longer or more ones"
+        )
+    maps = {}
+    for layer, sums in seen.items():
+        side, student_rope = student_side(alignment, layer)
+        maps[layer] = fit_map(method, sums, side, alignment.teacher.rope_of(layer), student_rope)
+    return Fit(
+        method=method,
+        alignment=alignment,
+        store=store.manifest.fingerprint,
+        num_tokens=num_tokens,
+        num_held_out_tokens=num_held_out,
+        maps=maps,
+        retained={layer: retained_variance(maps[layer], sums) for layer, sums in seen.items()},
+        retained_held_out={layer: retained_variance(maps[layer], sums) for layer, sums in unseen.items() if sums.count},
+        attention_cosine=_attention_cosines(store, held_out_samples[:_ATTENTION_SAMPLES], maps),
+    )
+
+
+def _refuse_store(store: Store) -> None:
+    manifest = store.manifest
+    if (manifest.alignment or {}).get("baked") or "kv_mask" in manifest.token_arrays:
+        raise KVStoreError(
+            f"fit: {store.location} is already aligned to a student; expected a raw store, as 'kvpipe extract' without --student makes"
+        )
+    rotated = set(store.spec.layer_numbers) - set(store.spec.unrotated_layers)
+    if store.spec.key_domain == "post_rope" and rotated:
+        raise KVStoreError(
+            f"fit: {store.location} holds keys after rotation, whose heads cannot be told from positions; got key_domain post_rope, "
+            "expected pre_rope. Extract again with keys before rotation, the default"
+        )
+    latent = [layer.layer for layer in store.spec.layers if layer.latent]
+    if latent:
+        raise KVStoreError(
+            f"fit: layers {format_layers(latent)} of {store.location} hold MLA latents, which have no heads to project; expected "
+            "keys and values of heads"
+        )
+
+
+def _empty_sums(alignment: Alignment) -> dict[int, Sums]:
+    sums = {}
+    for layer in alignment.teacher_layers:
+        turns = student_side(alignment, layer)[1] is not None
+        sums[layer] = Sums(alignment.teacher.layer(layer), alignment.teacher.rope_of(layer) if turns else None)
+    return sums
+
+
+def _count_sample(store: Store, index: int, sums: dict[int, Sums]) -> int:
+    """Add a sample to every layer; returns how many tokens counted. One layer at a time: head dims may differ among layers."""
+    num_tokens = 0
+    for layer, of_layer in sums.items():
+        batch = store.read([index], [layer])
+        counts = _counting(store, batch)
+        of_layer.add(batch.key[0][counts], batch.value[0][counts])
+        num_tokens = int(counts.sum())
+    return num_tokens
+
+
+def _counting(store: Store, batch: KVBatch) -> np.ndarray:
+    counts = calibration_mask(np.diff(batch.cu_seqlens).tolist())
+    return counts & batch.learnt if store.manifest.is_response_only else counts
+
+
+def _attention_cosines(store: Store, samples: Sequence[int], maps: Mapping[int, FittedMap]) -> dict[int, float]:
+    """Mean over samples, by layer; of a sample its first tokens that have keys."""
+    cosines = {}
+    for layer, fitted in maps.items():
+        found = []
+        for index in samples:
+            batch = store.read([index], [layer])
+            has_keys = batch.learnt if store.manifest.is_response_only else np.ones(len(batch.input_ids), dtype=np.bool_)
+            positions = np.flatnonzero(has_keys)[:_ATTENTION_TOKENS]
+            if len(positions):
+                key, value = (torch.from_numpy(side[0][positions]) for side in (batch.key, batch.value))
+                found.append(attention_cosine(fitted, key, value, torch.from_numpy(positions), store.spec.rope_of(layer)))
+        if found:
+            cosines[layer] = sum(found) / len(found)
+    return cosines
