@@ -73,7 +73,8 @@ def test_a_student_with_another_tokenizer_learns_from_the_tokens_under_its_own(
     table(rows)
     gains = {name: [plain - loss for plain, loss in zip(rows["CE"], losses, strict=True)] for name, losses in rows.items()}
     assert min(gains["KV, overlap"]) > 0
-    assert statistics.mean(gains["KV, overlap"]) >= 0.05
+    assert statistics.mean(gains["KV, overlap"]) >= 0.02
+    assert statistics.mean(gains["KV, overlap"]) > statistics.mean(gains["KV, linear"])
 
 
 def test_students_learn_from_fitted_projections_and_from_the_plain_mean_of_heads(raw_store: Path, tmp_path: Path) -> None:

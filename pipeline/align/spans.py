@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from kvstore.records import fingerprint
 from pipeline.align.time import linear_positions
 
 Ids = Sequence[int] | np.ndarray
@@ -72,6 +73,11 @@ class TokenBytes:
         return written | self._plain
 
     @cached_property
+    def _identity(self) -> str:
+        fields = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        return fingerprint({field: self._description.get(field) for field in fields})
+
+    @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """Special tokens this tokenizer puts before and behind a text on its own."""
         probe = list(self.tokenizer("a")["input_ids"])
@@ -82,12 +88,7 @@ class TokenBytes:
 
     def same_as(self, other: TokenBytes) -> bool:
         """Whether both make the same tokens of every text; how many rows an embedding is padded to plays no part."""
-        fields = ("model", "normalizer", "pre_tokenizer")
-        return (
-            all(self._description.get(field) == other._description.get(field) for field in fields)
-            and self.special == other.special
-            and self._plain == other._plain
-        )
+        return self is other or self._identity == other._identity
 
     def write(self, ids: Ids) -> list[bytes]:
         """What each of these tokens writes, special ones nothing.
@@ -103,7 +104,7 @@ class TokenBytes:
     def encode(self, text: str) -> Int64[np.ndarray, "token"]:
         """Token ids of a text, without special tokens around it; literal special tokens in the text become such."""
         with self._lock:  # a tokenizer takes offence at being asked by two threads
-            return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+            return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
