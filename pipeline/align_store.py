@@ -37,7 +37,7 @@ from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment, choose_student_layers
 from pipeline.align.fit import Fit
-from pipeline.align.spans import AlignedSample, TimeMode, TokenBytes, align_sample
+from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, TokenBytes, align_sample
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
@@ -73,7 +73,7 @@ class AlignSummary(RewriteSummary):
     coverage: float
     """Share of the student's tokens with keys and values of their own."""
     left_out: int
-    """Samples of which no whole character is left."""
+    """Samples of which no whole character is left, or whose text the student's tokenizer changes."""
 
 
 def align_store(source: str, out: str, settings: AlignSettings, progress: Progress = lambda *_: None) -> AlignSummary:
@@ -230,8 +230,14 @@ class _Aligner:
             return before, 1.0, 0
         found: dict[str, Origin] = {}
         kept = total = left_out = 0
+        changed: TextChangedError | None = None
         for run in cut(before, lambda origin: origin.num_tokens):
-            for origin, sample in zip(run, self._samples([origin.index for origin in run]), strict=True):
+            for origin, tokens in zip(run, self._tokens([origin.index for origin in run]), strict=True):
+                try:
+                    sample = self._align(*tokens)
+                except TextChangedError as error:
+                    changed, left_out = error, left_out + 1
+                    continue
                 if len(sample.input_ids) == 0:
                     left_out += 1
                     continue
@@ -247,6 +253,10 @@ class _Aligner:
                     tokens=TokenIdentity(source_id=origin.id, crc32c=token_crc32c(ids)) if known is None else known.tokens,
                 )
                 kept, total = kept + int(sample.spans.kept.sum()), total + len(ids)
+        if changed is not None and left_out > len(before) / 2:
+            raise ValueError(
+                f"{changed}; so it is with {left_out:,} of {len(before):,} samples of {self._store.location}"
+            ) from changed
         if not found:
             raise ValueError(f"align: no sample of {self._store.location} has a whole character in it")
         longest = max(origin.num_tokens for origin in found.values())
@@ -258,17 +268,22 @@ class _Aligner:
         return [found[identity] for identity in sorted(found)], kept / total, left_out
 
     def _samples(self, indices: Sequence[int]) -> list[AlignedSample]:
+        return [self._align(*tokens) for tokens in self._tokens(indices)]
+
+    def _tokens(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Token ids of each of these samples, and which have keys and values."""
         batch = self._store.read(indices, layers=())
         has_kv = batch.learnt if self._store.manifest.is_response_only else np.ones(len(batch.input_ids), dtype=np.bool_)
-        samples = []
         for first, last in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
-            sample = align_sample(self._theirs, self.ours, batch.input_ids[first:last], self._settings.time)
-            if not self.same_tokens:
-                # A first token's keys are those of an attention sink, wherever the student would have them.
-                usable = has_kv[first:last] & (np.arange(last - first) >= SINK_TOKENS)
-                sample = dataclasses.replace(sample, spans=sample.spans.within(usable))
-            samples.append(sample)
-        return samples
+            yield batch.input_ids[first:last], has_kv[first:last]
+
+    def _align(self, input_ids: np.ndarray, has_kv: np.ndarray) -> AlignedSample:
+        sample = align_sample(self._theirs, self.ours, input_ids, self._settings.time)
+        if self.same_tokens:
+            return sample
+        # A first token's keys are those of an attention sink, wherever the student would have them.
+        usable = has_kv & (np.arange(len(input_ids)) >= SINK_TOKENS)
+        return dataclasses.replace(sample, spans=sample.spans.within(usable))
 
     def calibrate(self, wanted: Manifest, origins: Sequence[Origin], progress: Progress) -> Calibration:
         """Mean and step of every channel from the first samples by id, as many as an extraction takes."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from pipeline import extract_commands, fit_commands, store_commands
+from pipeline import doctor_commands, extract_commands, fit_commands, store_commands
 from pipeline.options import CONFIG_OPTIONS, misuse, with_options
 from pipeline.terminal import growth_lines, print_record, progress_bar, report_lines, say
 
@@ -187,7 +187,7 @@ def demo(out: Path, workers: int, seed: int) -> None:
 
 for _command in (
     *(extract_commands.extract, extract_commands.plan, extract_commands.status),
-    fit_commands.fit,
+    *(fit_commands.fit, doctor_commands.doctor),
     *(store_commands.merge, store_commands.recode, store_commands.align, store_commands.match_layers, store_commands.drop),
 ):
     cli.add_command(_command)

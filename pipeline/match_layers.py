@@ -15,7 +15,7 @@ from kvstore.compose import Progress
 from kvstore.reader import Store
 from pipeline.align.layers import monotone_match
 from pipeline.align.similarity import LayerSimilarity
-from pipeline.align.spans import TokenBytes, align_sample
+from pipeline.align.spans import TextChangedError, TokenBytes, align_sample
 from pipeline.models.capture import capture_kv
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
@@ -85,7 +85,10 @@ def _compare(
 ) -> None:
     """Add one sample, in batches of tokens that both have."""
     tokens = store.read([index], layers=())
-    sample = align_sample(theirs, ours, tokens.input_ids)
+    try:
+        sample = align_sample(theirs, ours, tokens.input_ids)
+    except TextChangedError:
+        return
     usable = np.arange(len(tokens.input_ids)) >= SINK_TOKENS
     if store.manifest.is_response_only:
         usable &= tokens.learnt

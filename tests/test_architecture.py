@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("kvstore", "pipeline", "training")
 COMMANDS = {
     *("pipeline/cli.py", "pipeline/options.py", "pipeline/terminal.py", "pipeline/monitor/status_view.py"),
-    *("pipeline/extract_commands.py", "pipeline/store_commands.py", "pipeline/fit_commands.py"),
+    *("pipeline/extract_commands.py", "pipeline/store_commands.py", "pipeline/fit_commands.py", "pipeline/doctor_commands.py"),
 }
 TOP = {"pipeline/cli.py", "pipeline/store_commands.py", "pipeline/demo.py"}
 

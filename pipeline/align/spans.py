@@ -29,6 +29,10 @@ _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
 
 
+class TextChangedError(ValueError):
+    """A tokenizer changes a text, as one that normalises Unicode does with some texts: those cannot be aligned by bytes."""
+
+
 class TokenBytes:
     """What every token of a tokenizer writes.
 
@@ -168,7 +172,8 @@ def align_sample(teacher: TokenBytes, student: TokenBytes, teacher_ids: Ids, mod
     both have by the same words stay where they are; a beginning or end of text becomes the student's.
 
     Raises:
-        ValueError: a special token the student has no counterpart of, or a tokenizer that changes the text.
+        ValueError: a special token the student has no counterpart of.
+        TextChangedError: the student's tokenizer changes this text.
     """
     ids = np.asarray(teacher_ids, dtype=np.int64)
     if teacher.same_as(student):
@@ -299,7 +304,7 @@ def _align_text(
         at = next(
             (at for at, (a, b) in enumerate(zip(joined, content, strict=False)) if a != b), min(len(joined), len(content))
         )
-        raise ValueError(
+        raise TextChangedError(
             f"tokenizer {student.name}: changes the text from byte {at} on: got {joined[at : at + 20]!r} of {content[at : at + 20]!r}, expected "
             "tokens that write the text as it is. A tokenizer that normalises text cannot be aligned by bytes"
         )

@@ -31,12 +31,12 @@ def find_published(config: ExtractConfig, preset: TeacherPreset, why: str) -> Fo
         why: it is not here.
     """
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    teacher = _published(preset.geometry, dtype)
+    teacher = published_spec(preset.geometry, dtype)
     alignment, stored = None, teacher.select(parse_layers(config.layers or "all", teacher.layer_numbers))
     if config.student is not None:
         student = teacher_preset(config.student)
         spec = (
-            _published(student.geometry, dtype)
+            published_spec(student.geometry, dtype)
             if student is not None
             else probe_kv_spec(build_student(config.student, vocab_size=preset.geometry.vocab_size, seed=0)[0])
         )
@@ -77,7 +77,7 @@ def find_published(config: ExtractConfig, preset: TeacherPreset, why: str) -> Fo
     )
 
 
-def _published(geometry: Geometry, dtype: Any) -> KVSpec:
+def published_spec(geometry: Geometry, dtype: Any) -> KVSpec:
     """The keys and values of a model as published."""
     ropes: tuple[RopeSpec, ...] = ()
     if geometry.rope_theta is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from tokenizers import normalizers
 
 from kvstore import FingerprintMismatchError, KVStoreError, open_store
 from kvstore.describe import describe
@@ -176,6 +178,23 @@ def test_fitted_maps_project_instead_of_the_mean_and_only_on_their_own_store(raw
     other = write_store(tmp_path / "other", random_source(source.spec, [50]), "raw", tokenizer=raw.parent / "tokenizer")
     with pytest.raises(FingerprintMismatchError, match=r"was fitted on store .*; fit again on this store"):
         align_store(str(other), str(tmp_path / "no"), AlignSettings(student=student, fit=str(maps)))
+
+
+def test_samples_whose_text_the_students_tokenizer_changes_are_left_out(raw: Path, tmp_path: Path) -> None:
+    def normalising(name: str, normalizer: Any) -> str:
+        tokenizer = copy.deepcopy(side("large").tokenizer)
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    student = student_file(tmp_path)
+    some = normalising("some", normalizers.Replace("Größe", "Groesse"))
+    summary = align_store(str(raw), str(tmp_path / "out"), AlignSettings(student=student, tokenizer=some))
+    assert (summary.left_out, summary.num_samples) == (1, len(TEXTS) - 1)
+    assert not any("Größe" in str(text) for text in open_store(tmp_path / "out").samples.text)
+    every = normalising("every", normalizers.Prepend("#"))
+    with pytest.raises(ValueError, match=r"changes the text from byte 0 on.*so it is with 6 of 6 samples"):
+        align_store(str(raw), str(tmp_path / "none"), AlignSettings(student=student, tokenizer=every))
 
 
 def test_masks_survive_another_codec(raw: Path, tokenizer: str, tmp_path: Path) -> None:
