@@ -66,7 +66,7 @@ def _print(found: Checkup) -> None:
         lines.append(("coverage", f"{found.coverage:.1%} of the student's tokens have a counterpart"))
     for name, size in found.bytes_per_token.items():
         lines.append(
-            (name, f"{size:,.0f} bytes per token in mix: {size / 1e3:,.3g} GB a million tokens, {size:,.3g} GB a billion")
+            (name, f"{size:,.0f} bytes per token in mix: {size / 1e3:,.3g} GB a million tokens, {size / 1e3:,.3g} TB a billion")
         )
     console.print(aligned(lines))
     for finding in found.findings:
