@@ -117,6 +117,7 @@ def _refuse_other_bits(out: Path) -> None:
 
 
 @pytest.mark.timeout(280)
+@pytest.mark.slow
 def test_three_kills_and_resumes_end_in_the_store_of_an_uninterrupted_run(tmp_path: Path) -> None:
     """On a running cluster, which outlives its drivers."""
     import ray

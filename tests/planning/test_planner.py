@@ -340,6 +340,7 @@ def test_reading_ends_after_some_time(corpus: Path) -> None:
     assert not size.is_exact
 
 
+@pytest.mark.slow
 def test_data_of_unknown_size_has_the_size_asked_for_or_none(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
