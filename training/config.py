@@ -45,6 +45,12 @@ class TrainConfig(BaseModel):
     """Weight lambda of the KV loss against cross-entropy; 1 and 3 did about equally well (research/alignment.md 7.5)."""
     kv_until: Fraction = 0.5
     """Fraction of the steps with the KV loss, from the first; then lambda is 0. Half beat constant and three quarters (7.5)."""
+    kv_loss: Literal["mse", "smooth_l1", "cosine", "relation"] = "mse"
+    """Distance of keys and values: `mse` over the targets' variance; `smooth_l1`, for outlier channels; `cosine`, blind to length;
+    `relation`, how tokens of a sample relate to each other (MiniLMv2), which needs no map between heads and dims."""
+    adapter: Literal["none", "orthogonal", "linear"] = "none"
+    """Learned map from the student's keys and values to the stored ones, trained beside it and left out of the saved student;
+    `orthogonal` can only turn, `linear` is free. `none` uses the fixed map, which did better (docs/alignment.md)."""
     ce_only: bool = False
     """Control: plain cross-entropy in the same data order from the same initial weights; no KV is read."""
     shuffle_targets: bool = False
@@ -94,6 +100,9 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"micro_batch_size: got {self.micro_batch_size}, expected a divisor of batch_size {self.batch_size}"
             )
+        if self.adapter != "none" and (self.kv_loss == "relation" or self.kv_steps == 0):
+            reason = "no KV loss" if self.kv_steps == 0 else "kv_loss relation, which compares unlike geometries as they are"
+            raise ValueError(f"adapter: got {self.adapter} with {reason}, expected none there")
         if self.shuffle_targets and self.batch_size == 1:
             raise ValueError("shuffle_targets: a batch of 1 has no other sample; set batch_size to 2 or more")
         return self

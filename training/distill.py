@@ -20,8 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kvstore.spec import KVSpec
 from pipeline.models.capture import KVTap
+from training.adapters import NAME as ADAPTERS
+from training.adapters import KVAdapters
 from training.loader import KVCollator, KVDataLoader, KVDataset, ReadAhead, TrainBatch
-from training.losses import cross_entropy, kv_errors, take_rows
+from training.losses import KVLoss, cross_entropy, kv_errors, take_rows
 from training.meters import Meter, Progress, RunFlow, StepSums
 from training.run_folder import RunFolder
 from training.sampler import KVBatchSampler, SampleBatch
@@ -38,6 +40,7 @@ class KVObjective:
     variances: Tensor
     """Of the targets, `[layer, 2]` for keys and values."""
     weight: float
+    loss: KVLoss = "mse"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +144,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         if objective is not None and tap is not None:
             errors = self._kv_errors(objective, tap, batch)
             loss = ce + objective.weight * errors.mean()
+        elif (adapters := self._adapters(model)) is not None:
+            loss = ce + adapters.untouched()
         self._sums.add(batch["step"], ce, errors)
         self.meter.count(batch["step"], batch["num_computed"])
         # DDP averages gradients over ranks, but the shares are to be summed.
@@ -152,15 +157,29 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
 
     def _kv_errors(self, objective: KVObjective, tap: KVTap, batch: TrainBatch) -> Tensor:
         rows, weights, targets = batch["rows"], batch["weights"], objective.targets
-        student = {layer: (take_rows(key, rows), take_rows(value, rows)) for layer, (key, value) in tap.kv.items()}
-        teacher = unstack(self._data.dataset.blocks, batch["teacher"])
+        student = targets.student_side(
+            {layer: (take_rows(key, rows), take_rows(value, rows)) for layer, (key, value) in tap.kv.items()}
+        )
+        adapters = self._adapters(self.model)
+        samples = rows // batch["input_ids"].shape[1]
         return kv_errors(
-            targets.student_side(student),
-            targets.teacher_side(teacher),
+            student if adapters is None else adapters(student),
+            targets.teacher_side(unstack(self._data.dataset.blocks, batch["teacher"])),
             objective.variances,
             batch["num_targets"],
-            None if weights is None else weights[rows // batch["input_ids"].shape[1]],
+            None if weights is None else weights[samples],
+            objective.loss,
+            samples,
         )
+
+    def _adapters(self, model: Any) -> KVAdapters | None:
+        found: KVAdapters | None = getattr(self.accelerator.unwrap_model(model), ADAPTERS, None)
+        return found
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Weight decay is for the student: it would pull an adapter away from a map that keeps lengths."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if ADAPTERS not in name.split(".")]
 
     def evaluation_loop(self, dataloader: Any, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> EvalLoopOutput:
         """Cross-entropy over all held-out tokens, per token and per byte, samples weighted as in training."""

@@ -1,4 +1,4 @@
-"""The losses: cross-entropy, and the distance between a student's and a teacher's keys and values.
+"""The losses: cross-entropy, and the distances between a student's and a teacher's keys and values.
 
 Knows tensors only. Sums are divided by counts over the whole optimizer step, so that accumulation and ranks change nothing.
 A sample of weight n counts as n copies of it would. Without weights nothing is multiplied: that is the sum it always was.
@@ -6,11 +6,15 @@ A sample of weight n counts as n copies of it would. Without weights nothing is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+
+KVLoss = Literal["mse", "smooth_l1", "cosine", "relation"]
 
 IGNORED = -100
 """Label of a position that predicts nothing."""
@@ -50,25 +54,72 @@ def kv_errors(
     variances: Float[Tensor, "layer 2"],
     num_targets: int,
     weights: Float[Tensor, "row"] | None = None,
+    loss: KVLoss = "mse",
+    samples: Int64[Tensor, "row"] | None = None,
 ) -> Float[Tensor, "layer 2"]:
-    """Mean squared error of keys and of values in each layer, in units of the target's variance; the KV loss is its mean.
+    """Mean distance of keys and of values in each layer; the KV loss is its mean.
 
-    That mean is 1/|M| sum_l 1/2 [mse(K_l) / var(K_l) + mse(V_l) / var(V_l)]: KaVa's loss (arXiv 2510.02312), its per-batch
-    scale replaced by variances frozen before training.
+    With `mse`, in units of the target's variance, that mean is 1/|M| sum_l 1/2 [mse(K_l) / var(K_l) + mse(V_l) / var(V_l)]: KaVa's
+    loss (arXiv 2510.02312), its per-batch scale replaced by variances frozen before training. `smooth_l1` is the same with Huber's
+    distance beyond one standard deviation, for keys with outlier channels. `cosine` is 1 - cosine of each head, which a length does
+    not change. `relation` compares how tokens of a sample attend to each other, see `relation_errors`; heads and dims may differ.
 
     Args:
         student: keys and values of each layer, `[row, kv_head, dim]`.
-        teacher: what they should be, the same shapes; gets no gradient.
+        teacher: what they should be, the same shapes but for `relation`; gets no gradient.
         variances: of the targets' keys and values.
         num_targets: weighted rows of the whole optimizer step.
         weights: of each row; None for one each.
+        samples: for `relation`, the sample of each row; rows of one sample follow each other in order.
     """
     errors = []
     for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
         for kind in range(2):
-            difference = ours[kind].float() - theirs[kind].detach().float()
-            numbers = max(num_targets, 1) * difference.shape[1] * difference.shape[2]
-            squares = difference.square()
-            total = squares.sum() if weights is None else (squares.sum(dim=(1, 2)) * weights).sum()
-            errors.append(total / (numbers * variances[layer, kind]))
+            each, scale = _row_errors(loss, ours[kind].float(), theirs[kind].detach().float(), variances[layer, kind], samples)
+            numbers = max(num_targets, 1) * math.prod(each.shape[1:])
+            total = each.sum() if weights is None else (each.flatten(1).sum(dim=1) * weights).sum()
+            errors.append(total / (numbers * scale))
     return torch.stack(errors).reshape(len(variances), 2)
+
+
+def _row_errors(
+    loss: KVLoss, ours: Tensor, theirs: Tensor, variance: Tensor, samples: Int64[Tensor, "row"] | None
+) -> tuple[Float[Tensor, "row ..."], Tensor | float]:
+    """Distances with the row as first axis, and what their mean is to be divided by."""
+    if loss == "mse":
+        return (ours - theirs).square(), variance
+    if loss == "smooth_l1":
+        deviation = variance.sqrt()
+        return nn.functional.smooth_l1_loss(ours / deviation, theirs / deviation, reduction="none"), 1.0
+    if loss == "cosine":
+        return 1.0 - nn.functional.cosine_similarity(ours, theirs, dim=-1), 1.0
+    if samples is None:
+        raise ValueError("kv_errors: the relation loss got no samples, expected the sample of each row")
+    return relation_errors(ours, theirs, samples), 1.0
+
+
+def relation_errors(
+    student: Float[Tensor, "row Hs Ds"], teacher: Float[Tensor, "row Ht Dt"], samples: Int64[Tensor, "row"]
+) -> Float[Tensor, "row relation_head"]:
+    """KL(teacher || student) of how each row attends to those before it in its sample, softmax(x x^T / sqrt(d)) (MiniLMv2,
+    arXiv 2012.15828), in nats.
+
+    All heads together are cut into as many relation heads as both sides' head counts have in common, so no map between geometries is
+    needed, and an orthogonal change of basis within a relation head changes nothing. Memory is rows x longest sample per relation head.
+    """
+    num_heads = math.gcd(student.shape[1], teacher.shape[1])
+    _, counts = torch.unique_consecutive(samples, return_counts=True)
+    longest = int(counts.max()) if len(counts) else 0
+    place = torch.arange(longest, device=samples.device)
+    filled = place < counts[:, None]
+    causal = place <= place[:, None]
+    logs = []
+    for side in (student, teacher):
+        grouped = side.new_zeros(len(counts), longest, side[0].numel() if len(side) else 1)
+        grouped = grouped.masked_scatter(filled[..., None], side.flatten(1))
+        heads = grouped.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        scores = heads @ heads.transpose(-1, -2) / math.sqrt(heads.shape[-1])
+        logs.append(scores.masked_fill(~causal, float("-inf")).log_softmax(dim=-1).masked_fill(~causal, 0.0))
+    ours, theirs = logs
+    each = (theirs.exp() * causal * (theirs - ours)).sum(dim=-1)
+    return each.transpose(1, 2)[filled]

@@ -94,8 +94,14 @@ def _describe(spec: KVSpec) -> str:
 class KVTargets:
     """Brings both sides of every compared layer to the smaller of the two geometries, so that no target is inflated."""
 
-    def __init__(self, alignment: Alignment) -> None:
+    def __init__(self, alignment: Alignment, *, as_they_are: bool = False) -> None:
+        """Plan the comparison.
+
+        Args:
+            as_they_are: leave both sides in their own geometry: for learned adapters, and for a loss that needs no common one.
+        """
         self.alignment = alignment
+        self._as_they_are = as_they_are
         self.pairs = alignment.layer_map
         """(student layer, teacher layer) of each compared layer."""
         self._comparison = {teacher: alignment.comparison(teacher) for teacher in alignment.teacher_layers}
@@ -114,11 +120,15 @@ class KVTargets:
         return [self._student_layer(layer, teacher, *student[layer]) for layer, teacher in self.pairs]
 
     def _teacher_layer(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        if self._as_they_are:
+            return key, value
         if self._comparison[layer].side == "student" and not self.alignment.baked:
             key, value = self.alignment.project(layer, key, value)
         return self._kept(layer, key, value)
 
     def _student_layer(self, layer: int, teacher_layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        if self._as_they_are:
+            return key, value
         if self._comparison[teacher_layer].side == "teacher":
             key, value = self.alignment.project_student(layer, key, value)
         return self._kept(teacher_layer, key, value)

@@ -24,6 +24,8 @@ from kvstore.errors import ShardNotCommittedError
 from kvstore.reader import Store, open_store
 from kvstore.spec import format_layers
 from pipeline.models.probe import probe_kv_spec
+from training.adapters import NAME as ADAPTERS
+from training.adapters import KVAdapters
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
 from training.loader import KVCollator, KVDataset
@@ -73,6 +75,8 @@ def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary
     tokenizer = store_tokenizer(store)
     model = prepare_student(config.student, store, tokenizer, config.seed)
     objective = _plan_objective(config, store, model, folder)
+    if objective is not None and config.adapter != "none":
+        model.add_module(ADAPTERS, KVAdapters(objective.targets.alignment, config.adapter))
     data = _plan_data(config, store, tokenizer, objective)
     checkpoint = _begin(config, folder, store, objective)
     use_cache = model.config.use_cache
@@ -90,6 +94,8 @@ def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary
     finally:
         trainer.close()
     model.config.use_cache = use_cache
+    if hasattr(model, ADAPTERS):
+        delattr(model, ADAPTERS)
     summary = _summarise(config, store, data, trainer)
     if _is_main():
         _save_model(model, tokenizer, config.out / MODEL)
@@ -104,12 +110,16 @@ def _plan_objective(config: TrainConfig, store: Store, model: PreTrainedModel, f
         return None
     spec = probe_kv_spec(model, key_domain=store.spec.key_domain)
     alignment = plan_alignment(store, spec, layer_map=config.layer_map, layers=config.layers)
-    targets = KVTargets(alignment)
+    targets = KVTargets(alignment, as_they_are=config.adapter != "none" or config.kv_loss == "relation")
     recorded = folder.recorded() or {}
     known = recorded.get("store") == store.manifest.fingerprint and recorded.get("alignment") == to_plain(alignment.to_json())
     variances = recorded["variances"] if known else measure_variances(store, targets, sink_tokens=config.sink_tokens).tolist()
     return KVObjective(
-        spec=spec, targets=targets, variances=torch.tensor(variances, dtype=torch.float32), weight=config.kv_weight
+        spec=spec,
+        targets=targets,
+        variances=torch.tensor(variances, dtype=torch.float32),
+        weight=config.kv_weight,
+        loss=config.kv_loss,
     )
 
 

@@ -31,7 +31,8 @@ def test_a_teacher_preset_is_consistent(name: str) -> None:
     assert preset.name == name
     assert preset.source == f"https://huggingface.co/{preset.id}/blob/main/config.json"
     assert geometry.num_heads % geometry.num_kv_heads == 0
-    assert geometry.num_heads * geometry.head_dim == geometry.hidden_size
+    # Gemma's heads are wider than its residual stream allots them.
+    assert (geometry.num_heads * geometry.head_dim == geometry.hidden_size) == (geometry.model_type != "gemma2")
     assert preset.out == f"{name}-kv"
     assert preset.max_tokens == 1_000_000
     assert preset.data == "HuggingFaceFW/fineweb-edu:sample-10BT"

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from training.losses import IGNORED, cross_entropy, kv_errors, take_rows
+from training.losses import IGNORED, KVLoss, cross_entropy, kv_errors, take_rows
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -203,3 +203,99 @@ def test_half_precision_students_are_compared_in_float32() -> None:
     teacher = [(torch.full((1, 1, 1), -300.0), torch.zeros(1, 1, 1))]
     errors = kv_errors(student, teacher, torch.ones(1, 2), 1)
     assert errors[0, 0].item() == 360_000.0, "600 squared is infinite in float16"
+
+
+def test_smooth_l1_is_half_the_square_within_a_deviation_and_the_distance_beyond() -> None:
+    student = [(torch.tensor([[[0.5, 3.0]]]), torch.tensor([[[0.0, -8.0]]]))]
+    teacher = [(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))]
+    errors = kv_errors(student, teacher, torch.tensor([[1.0, 4.0]]), 1, loss="smooth_l1")
+    assert errors[0].tolist() == pytest.approx([(0.125 + 2.5) / 2, (0.0 + 3.5) / 2])
+
+
+def test_cosine_is_blind_to_length_and_counts_heads() -> None:
+    teacher = [(normal(3, 2, 4, seed=1), normal(3, 2, 4, seed=2))]
+    longer = [tuple(3.0 * side for side in pair) for pair in teacher]
+    opposite = [tuple(-side for side in pair) for pair in teacher]
+    ones = torch.ones(1, 2)
+    assert kv_errors(longer, teacher, ones, 3, loss="cosine").abs().max() < 1e-6  # type: ignore[arg-type]
+    torch.testing.assert_close(kv_errors(opposite, teacher, ones, 3, loss="cosine"), torch.full((1, 2), 2.0))  # type: ignore[arg-type]
+
+
+def relation_written_out(ours: Tensor, theirs: Tensor, heads: int) -> list[float]:
+    """KL of each row's softmax over the rows up to it, mean over relation heads, one sample."""
+    rows = []
+    for last in range(len(ours)):
+        total = 0.0
+        for head in range(heads):
+            logs = []
+            for side in (ours, theirs):
+                flat = side.flatten(1)
+                width = flat.shape[1] // heads
+                part = flat[: last + 1, head * width : (head + 1) * width].double()
+                logs.append((part @ part[last] / width**0.5).log_softmax(dim=0))
+            total += float((logs[1].exp() * (logs[1] - logs[0])).sum())
+        rows.append(total / heads)
+    return rows
+
+
+def test_the_relation_loss_is_the_written_out_formula_whatever_the_geometries() -> None:
+    samples = torch.tensor([0, 0, 0, 2, 2, 5])
+    student, teacher = (
+        [(normal(6, 2, 4, seed=1), normal(6, 2, 3, seed=2))],
+        [(normal(6, 4, 8, seed=3), normal(6, 4, 5, seed=4))],
+    )
+    found = kv_errors(student, teacher, torch.full((1, 2), 7.0), 6, loss="relation", samples=samples)
+    for kind in (0, 1):
+        expected = [
+            value
+            for first, last in ((0, 3), (3, 5), (5, 6))
+            for value in relation_written_out(student[0][kind][first:last], teacher[0][kind][first:last], 2)
+        ]
+        assert found[0, kind].item() == pytest.approx(sum(expected) / 6, rel=1e-4)
+        assert expected[0] == expected[3] == expected[5] == 0.0, "the first of a sample sees itself alone"
+
+
+def test_the_relation_loss_does_not_see_a_turn_within_a_relation_head_but_everything_else() -> None:
+    samples = torch.zeros(9, dtype=torch.int64)
+    teacher = [(normal(9, 2, 6, seed=3), normal(9, 2, 6, seed=4))]
+    turn = torch.linalg.qr(normal(6, 6, seed=5))[0]
+    turned = [tuple(side @ turn for side in pair) for pair in teacher]
+    ones = torch.ones(1, 2)
+    assert kv_errors(turned, teacher, ones, 9, loss="relation", samples=samples).abs().max() < 1e-5  # type: ignore[arg-type]
+    swapped = [tuple(side.flip(0) for side in pair) for pair in teacher]
+    assert kv_errors(swapped, teacher, ones, 9, loss="relation", samples=samples).min() > 0.1  # type: ignore[arg-type]
+
+
+def test_the_relation_loss_needs_to_know_the_samples() -> None:
+    pair = [(normal(3, 1, 2), normal(3, 1, 2))]
+    with pytest.raises(ValueError, match="got no samples, expected the sample of each row"):
+        kv_errors(pair, pair, torch.ones(1, 2), 3, loss="relation")
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "cosine", "relation"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_of_every_loss_micro_batches_add_up_and_gradients_are_the_students_alone(loss: KVLoss, weighted: bool) -> None:
+    samples = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    weights = torch.tensor([2.0, 2, 2, 3, 3, 3, 3]) if weighted else None
+    student, teacher = layers(7, seed=10), layers(7, seed=20)
+    for pair in (*student, *teacher):
+        for side in pair:
+            side.requires_grad_()
+
+    def errors(rows: slice) -> Tensor:
+        pick = [[tuple(side[rows] for side in pair) for pair in both] for both in (student, teacher)]
+        return kv_errors(
+            pick[0],  # type: ignore[arg-type]
+            pick[1],  # type: ignore[arg-type]
+            VARIANCES,
+            18 if weighted else 7,
+            None if weights is None else weights[rows],
+            loss,
+            samples[rows],
+        )
+
+    whole = errors(slice(0, 7))
+    torch.testing.assert_close(errors(slice(0, 3)) + errors(slice(3, 7)), whole)
+    whole.mean().backward()
+    assert all(side.grad is not None and side.grad.isfinite().all() for pair in student for side in pair)
+    assert all(side.grad is None for pair in teacher for side in pair)
