@@ -13,8 +13,9 @@ PACKAGES = ("kvstore", "pipeline", "training")
 COMMANDS = {
     *("pipeline/cli.py", "pipeline/options.py", "pipeline/terminal.py", "pipeline/monitor/status_view.py"),
     *("pipeline/extract_commands.py", "pipeline/store_commands.py", "pipeline/fit_commands.py", "pipeline/doctor_commands.py"),
+    "pipeline/train_commands.py",
 }
-TOP = {"pipeline/cli.py", "pipeline/store_commands.py", "pipeline/demo.py"}
+TOP = {"pipeline/cli.py", "pipeline/store_commands.py", "pipeline/train_commands.py", "pipeline/demo.py"}
 
 MAY_IMPORT = {
     "kvstore": set(),

@@ -94,7 +94,7 @@ def _fixed_maps(alignment: Alignment, student_layer: int) -> list[Tensor]:
         return [torch.eye(heads * dim) for dim in (key_dim, value_dim)]
     num_key, num_value = heads * key_dim, heads * value_dim
     basis_rows = max(num_key, num_value)
-    key = torch.eye(basis_rows, num_key).unflatten(1, (heads, key_dim))
-    value = torch.eye(basis_rows, num_value).unflatten(1, (heads, value_dim))
+    key = torch.eye(basis_rows, num_key).reshape(basis_rows, heads, key_dim)
+    value = torch.eye(basis_rows, num_value).reshape(basis_rows, heads, value_dim)
     projected = alignment.project_student(student_layer, key, value)
     return [side.flatten(1)[:rows].T.contiguous() for side, rows in zip(projected, (num_key, num_value), strict=True)]

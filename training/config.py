@@ -41,6 +41,10 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(default=1.0, ge=0.0)
     """Gradients are scaled down to this norm; 0 turns that off."""
 
+    lora_rank: Positive | None = None
+    """Train low-rank additions of this rank to all linear layers of a pretrained student (LoRA), merged into it at the end; None trains
+    all of it. Wants a learning rate of about 1e-4 and the package peft: pip install 'kvpipe[lora]'."""
+
     kv_weight: float = Field(default=1.0, ge=0.0)
     """Weight lambda of the KV loss against cross-entropy; 1 and 3 did about equally well (research/alignment.md 7.5)."""
     kv_until: Fraction = 0.5

@@ -117,9 +117,9 @@ def relation_errors(
     for side in (student, teacher):
         grouped = side.new_zeros(len(counts), longest, side[0].numel() if len(side) else 1)
         grouped = grouped.masked_scatter(filled[..., None], side.flatten(1))
-        heads = grouped.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        heads = torch.unflatten(grouped, -1, (num_heads, -1)).transpose(1, 2)
         scores = heads @ heads.transpose(-1, -2) / math.sqrt(heads.shape[-1])
         logs.append(scores.masked_fill(~causal, float("-inf")).log_softmax(dim=-1).masked_fill(~causal, 0.0))
     ours, theirs = logs
-    each = (theirs.exp() * causal * (theirs - ours)).sum(dim=-1)
+    each: Tensor = (theirs.exp() * causal * (theirs - ours)).sum(dim=-1)
     return each.transpose(1, 2)[filled]

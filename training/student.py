@@ -26,13 +26,23 @@ def store_tokenizer(store: Store) -> PreTrainedTokenizerBase:
     return load_tokenizer(store.tokenizer_path)
 
 
-def prepare_student(name: str, store: Store, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def prepare_student(
+    name: str, store: Store, tokenizer: PreTrainedTokenizerBase, seed: int, lora_rank: int | None = None
+) -> PreTrainedModel:
     """Build the student in float32 and make sure it can read every sample of the store.
 
+    Args:
+        lora_rank: train low-rank additions to all linear layers (LoRA, arXiv 2106.09685) and leave the model's own weights.
+
     Raises:
-        ValueError: another tokenizer than the store's, too small an embedding, or too few positions.
+        ValueError: another tokenizer than the store's, too small an embedding, too few positions, or LoRA on fresh weights.
+        ImportError: LoRA without the package `peft`.
     """
     model, own_tokenizer = build_student(name, vocab_size=len(tokenizer), seed=seed)
+    if lora_rank is not None and own_tokenizer is None:
+        raise ValueError(
+            f"lora_rank: got {lora_rank}, but the student {name} has fresh weights, expected a pretrained one; leave lora_rank out"
+        )
     if own_tokenizer is not None and own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"student: {name} has another tokenizer ({len(own_tokenizer)} tokens) than the store ({len(tokenizer)} tokens, "
@@ -51,7 +61,32 @@ def prepare_student(name: str, store: Store, tokenizer: PreTrainedTokenizerBase,
             f"student: {name} has max_position_embeddings {positions}, but the store has samples of {longest} tokens; "
             "raise it in the student's config, or extract with a smaller --seq-len"
         )
-    return model.to(torch.float32)
+    model = model.to(torch.float32)
+    return model if lora_rank is None else add_lora(model, lora_rank, seed)
+
+
+def add_lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
+    """Freeze a model and add LoRA layers in place, scaled by 2; the same for equal seeds."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("lora_rank: the package peft is not installed; run pip install 'kvpipe[lora]'") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+    return model
+
+
+def merge_lora(model: PreTrainedModel) -> None:
+    """Add what LoRA learnt to the model's own weights and take its layers out, so that transformers alone loads it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in layers:
+        module.merge()
+        model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    model.requires_grad_(True)
 
 
 def predicted_bytes(tokenizer: PreTrainedTokenizerBase, runs: Iterable[tuple[list[int], int]]) -> int:

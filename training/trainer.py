@@ -32,7 +32,7 @@ from training.loader import KVCollator, KVDataset
 from training.report import plot_runs
 from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
 from training.sampler import BatchPlan, KVBatchSampler, SampleTable, held_out_batches, split_held_out
-from training.student import predicted_bytes, prepare_student, store_tokenizer
+from training.student import merge_lora, predicted_bytes, prepare_student, store_tokenizer
 from training.targets import KVTargets, measure_variances, plan_alignment
 
 __all__ = ["KVDistillTrainer", "run_training"]
@@ -73,7 +73,7 @@ def run_training(config: TrainConfig, say: Callable[[str], None] = lambda text: 
 
 def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary:
     tokenizer = store_tokenizer(store)
-    model = prepare_student(config.student, store, tokenizer, config.seed)
+    model = prepare_student(config.student, store, tokenizer, config.seed, config.lora_rank)
     objective = _plan_objective(config, store, model, folder)
     if objective is not None and config.adapter != "none":
         model.add_module(ADAPTERS, KVAdapters(objective.targets.alignment, config.adapter))
@@ -96,6 +96,8 @@ def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary
     model.config.use_cache = use_cache
     if hasattr(model, ADAPTERS):
         delattr(model, ADAPTERS)
+    if config.lora_rank is not None:
+        merge_lora(model)
     summary = _summarise(config, store, data, trainer)
     if _is_main():
         _save_model(model, tokenizer, config.out / MODEL)

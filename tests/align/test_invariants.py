@@ -199,9 +199,7 @@ def test_29_the_dtype_stays_and_any_strides_are_taken(Ht: int, Hs: int, dtype: t
 
 @given(seed=SEEDS, kind=KINDS, first=st.integers(0, 100_000), scaling=st.sampled_from([1.0, 0.8, 1.3]))
 @quick
-def test_30_rotation_keeps_lengths_and_is_undone(
-    seed: int, kind: RopeKind, first: int, scaling: float
-) -> None:
+def test_30_rotation_keeps_lengths_and_is_undone(seed: int, kind: RopeKind, first: int, scaling: float) -> None:
     rope = plain_rope(16, kind=kind, attention_scaling=scaling)
     positions = first + torch.arange(5)
     x = normal(seed, 3, 5, 16)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from training.report import METRICS, plot_runs, read_metrics
+from pipeline.cli import cli
+from training.config import TrainConfig
+from training.report import METRICS, plot_layers, plot_runs, read_metrics
+from training.report_page import write_report
+from training.trainer import run_training
 
 
 def write_run(folder: Path, records: list[dict[str, Any]]) -> Path:
@@ -63,3 +69,63 @@ def test_a_line_cut_short_ends_the_metrics(tmp_path: Path) -> None:
     with (folder / METRICS).open("a") as file:
         file.write('{"step": 3, "l')
     assert read_metrics(folder / METRICS) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory, store_path: Path, student: str) -> tuple[Path, Path]:
+    """With and without the teacher's keys and values, real ones."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, ce_only in (("kv", False), ("ce", True)):
+        fields: dict[str, Any] = {"steps": 4, "batch_size": 8, "log_every": 1, "eval_every": 2, "device": "cpu", "threads": 1}
+        run_training(TrainConfig(store=str(store_path), student=student, out=folder / name, ce_only=ce_only, **fields))
+    return folder / "kv", folder / "ce"
+
+
+def test_a_page_compares_runs_and_needs_nothing_beside_it(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["report", *map(str, two_runs), "--out", str(tmp_path / "report"), "--json"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert [Path(path).name for path in printed["pictures"]] == ["cost.png", "layers.png", "loss.png", "resources.png"]
+    page = Path(printed["page"]).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4
+    for absent in ("http://", "https://", "<script"):
+        assert absent not in page
+    assert "<code>ce_only</code></td><td><code>false</code></td><td><code>true</code>" in page
+    assert "<code>batch_size</code></td><td><code>8</code></td></tr>" in page
+    for run in two_runs:
+        summary = json.loads((run / "summary.json").read_text())
+        assert f"<td>{summary['eval_loss']:.3f}</td>" in page
+        assert summary["store_fingerprint"][:16] in page
+
+
+def test_a_run_that_goes_on_is_shown_as_far_as_it_is(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
+    going = tmp_path / "going" / "kv"
+    shutil.copytree(two_runs[0], going)
+    (going / "summary.json").unlink()
+    records = read_metrics(going / METRICS)
+    (going / METRICS).write_text("".join(f"{json.dumps(record)}\n" for record in records if record["step"] <= 2))
+    page = write_report([going, two_runs[0]], tmp_path / "report").read_text()
+    assert "2 of 4, not finished" in page
+    assert f"<h1>going/kv, {two_runs[0].parent.name}/kv</h1>" in page, "equal names are told apart by the folders above"
+
+
+def test_without_a_kv_loss_there_is_no_picture_of_layers_and_an_old_one_goes(
+    two_runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_report(two_runs, tmp_path / "report")
+    assert (tmp_path / "report" / "layers.png").exists()
+    write_report(two_runs[1:], tmp_path / "report")
+    assert not (tmp_path / "report" / "layers.png").exists()
+
+
+def test_many_layers_are_drawn_in_rows(tmp_path: Path) -> None:
+    kinds = {f"kv_{kind}_{layer}": 1.0 / (layer + 1) for kind in ("key", "value") for layer in range(8)}
+    assert plot_layers({"run": [{"step": step, **kinds} for step in (1, 2)]}, tmp_path / "layers.svg")
+    said = texts(tmp_path / "layers.svg")
+    assert all(f"layer {layer}, {kind}s" in said for layer in range(8) for kind in ("key", "value"))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "strange", 1.0)
+    with pytest.raises(ValueError, match=r"strange have no run\.json, expected folders that 'kvpipe train' made"):
+        write_report([folder], tmp_path / "report")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvstore.errors import CorruptShardError
@@ -63,6 +64,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, store_path: Path, student_wi
 def plain(tmp_path_factory: pytest.TempPathFactory, store_path: Path, student: str) -> TrainSummary:
     """The same without dropout, which other ways of computing the same step must agree with."""
     return run_training(settings(store_path, student, tmp_path_factory.mktemp("plain") / "run"))
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, store_path: Path, student: str) -> TrainSummary:
+    """The same with a learned adapter."""
+    return run_training(settings(store_path, student, tmp_path_factory.mktemp("adapted") / "run", adapter="orthogonal"))
 
 
 def train_samples(store: Store) -> tuple[np.ndarray, np.ndarray]:
@@ -234,6 +241,43 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened_and_reads_nothing
     assert weights(config.out) == weights(whole.out)
     assert resumed.tokens == whole.tokens
     assert training.count == STEPS - checkpoint
+
+
+def test_a_run_with_a_learned_adapter_goes_on_bit_by_bit_and_leaves_only_the_student(
+    plain: TrainSummary, store_path: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, **over: Any) -> TrainSummary:
+        return run_training(settings(store_path, student, tmp_path / name, adapter="orthogonal", **over))
+
+    straight = run("straight")
+    training = ReadsOfTraining(monkeypatch, fail_at=5)
+    with pytest.raises(CorruptShardError, match="injected"):
+        run("broken", save_every=3)
+    training.fail_at = None
+    resumed = run("broken", save_every=3, resume=True)
+    assert metrics(resumed.out) == metrics(straight.out)
+    assert weights(resumed.out) == weights(straight.out)
+    assert set(load_file(straight.out / "model" / "model.safetensors")) == set(
+        load_file(plain.out / "model" / "model.safetensors")
+    )
+    checkpoint = load_file(resumed.out / "checkpoint-6" / "model.safetensors")
+    turns = {name: tensor for name, tensor in checkpoint.items() if name.startswith("kv_adapters")}
+    assert any(tensor.any() for name, tensor in turns.items() if name.endswith("original")), "the adapters learnt"
+    assert logged(straight.out, "ce")[0] == logged(plain.out, "ce")[0]
+    assert logged(straight.out, "ce")[2:] != logged(plain.out, "ce")[2:]
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "cosine", "relation"])
+def test_other_distances_start_from_the_same_student_and_teach_it_otherwise(
+    plain: TrainSummary, store_path: Path, student: str, tmp_path: Path, loss: str
+) -> None:
+    other = run_training(settings(store_path, student, tmp_path / "run", kv_loss=loss, steps=4, kv_until=1.0))
+    again = run_training(
+        settings(store_path, student, tmp_path / "again", kv_loss=loss, steps=4, kv_until=1.0, micro_batch_size=2)
+    )
+    assert logged(other.out, "ce")[0] == logged(plain.out, "ce")[0]
+    assert logged(other.out, "kv_loss")[0] != pytest.approx(logged(plain.out, "kv_loss")[0], rel=1e-3)
+    assert logged(again.out, "kv_loss") == pytest.approx(logged(other.out, "kv_loss"), rel=1e-4)
 
 
 class ReadsOfTraining:
@@ -492,11 +536,33 @@ def test_samples_longer_than_the_students_positions_are_refused(store_path: Path
         run_training(settings(store_path, str(short), tmp_path / "run"))
 
 
+def test_lora_trains_little_of_a_pretrained_student_and_is_merged_into_it(store_path: Path, tmp_path: Path) -> None:
+    pretrained = save_checkpoint(tmp_path / "pretrained", "qwen2", num_hidden_layers=2)
+    run = run_training(settings(store_path, str(pretrained), tmp_path / "run", lora_rank=4, save_every=5))
+    before, after = (load_file(folder / "model.safetensors") for folder in (pretrained, run.out / "model"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}, "all linear layers, and nothing else"
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name].float(), rtol=1e-3) <= 4
+    store = open_store(store_path)
+    model = AutoModelForCausalLM.from_pretrained(run.out / "model").eval()
+    _, held_out = train_samples(store)
+    read = [store.read([index], layers=()).input_ids for index in held_out]
+    expected = sum(nats(model, ids) for ids in read) / sum(len(ids) - 1 for ids in read)
+    assert run.eval_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_lora_on_fresh_weights_is_refused(store_path: Path, student: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora_rank: got 4, but the student .* has fresh weights, expected a pretrained one"):
+        run_training(settings(store_path, student, tmp_path / "run", lora_rank=4))
+
+
 # ---- other processes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["plain", "counted"])
+@pytest.mark.parametrize("run", ["plain", "counted", "adapted"])
 def test_two_ranks_train_as_one(run: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     one: TrainSummary = request.getfixturevalue(run)
     config = one.config.model_copy(update={"out": tmp_path / "run"})
