@@ -21,12 +21,12 @@ from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.commits import Commit, SampleRow, committed_shards, read_commit
 from kvstore.create import create_store
 from kvstore.drop import BEFORE, dropped_fingerprint, read_quarantined, write_dropped
-from kvstore.errors import CorruptShardError, KVStoreError, StoreNotFoundError
+from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.layout import fill_shards, plan_layout
 from kvstore.lease import EVERYTHING, lease
-from kvstore.manifest import TOKENIZER, Manifest, data_record, read_manifest, refuse_mismatch
+from kvstore.manifest import PROJECTION, TOKENIZER, Manifest, data_record, read_beside, read_manifest, refuse_mismatch
 from kvstore.reader import CodeBatch, Store
-from kvstore.records import bytes_sha256, plain
+from kvstore.records import plain
 from kvstore.samples import compact
 from kvstore.storage import Storage
 from kvstore.writer import ShardWriter
@@ -92,6 +92,8 @@ class Plan:
     gate: Mapping[str, Any] | None
     tokenizer: Path | None = None
     """Folder with the tokenizer of the new store; None for that of the first source."""
+    projection: Path | None = None
+    """Folder with its fitted maps; None for those of the first source."""
     workers: int = 1
     """Shards written at a time, each in memory meanwhile."""
 
@@ -130,6 +132,7 @@ def planned(
         layout=layout,
         metadata={},
         tokenizer={},
+        projection={},
         data={"parts": [plain(part)], "dropped": dropped_fingerprint(dropped)},
         runs=[run],
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -201,25 +204,23 @@ def _begin(plan: Plan, progress: Progress) -> tuple[Manifest, Calibration]:
     calibration = plan.calibrate(progress)
     digest = calibration_fingerprint(calibration)
     manifest = dataclasses.replace(plan.manifest, calibration=digest, signal={**plan.manifest.signal, "calibration": digest})
-    with contextlib.nullcontext(plan.tokenizer) if plan.tokenizer else _tokenizer(plan.stores[0]) as folder:
-        return create_store(plan.target, manifest, calibration, folder, plan.gate), calibration
+    with (
+        _folder(plan.tokenizer, plan.stores[0], TOKENIZER) as tokenizer,
+        _folder(plan.projection, plan.stores[0], PROJECTION) as projection,
+    ):
+        return create_store(plan.target, manifest, calibration, tokenizer, plan.gate, projection), calibration
 
 
 @contextlib.contextmanager
-def _tokenizer(store: Store) -> Iterator[Path | None]:
-    """A copy of a store's tokenizer files, each compared with the manifest."""
-    if not store.manifest.tokenizer:
-        yield None
+def _folder(own: Path | None, store: Store, name: str) -> Iterator[Path | None]:
+    """The files of the new store, or a copy of what a source has, each compared with the manifest."""
+    expected = store.manifest.tokenizer if name == TOKENIZER else store.manifest.projection
+    if own is not None or not expected:
+        yield own
         return
-    with tempfile.TemporaryDirectory(prefix="kvpipe-tokenizer-") as folder:
-        for name, expected in store.manifest.tokenizer.items():
-            content = store.storage.read(f"{TOKENIZER}/{name}")
-            if bytes_sha256(content) != expected:
-                raise CorruptShardError(
-                    f"{store.location}/{TOKENIZER}/{name}: hashes to {bytes_sha256(content)}, the manifest says {expected}; "
-                    "restore the file"
-                )
-            Path(folder, name).write_bytes(content)
+    with tempfile.TemporaryDirectory(prefix=f"kvpipe-{name}-") as folder:
+        for file, content in read_beside(store.storage, name, expected).items():
+            Path(folder, file).write_bytes(content)
         yield Path(folder)
 
 

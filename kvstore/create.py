@@ -21,11 +21,11 @@ from kvstore.arrays import (
 from kvstore.calibration import Calibration
 from kvstore.errors import StoreFormatError
 from kvstore.gate import write_gate
-from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, PROGRESS, SAMPLES, TOKENIZER, Manifest, write_manifest
+from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, PROGRESS, PROJECTION, SAMPLES, TOKENIZER, Manifest, write_manifest
 from kvstore.records import bytes_sha256
 from kvstore.storage import STAGING, Storage
 
-_OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, STAGING, MANIFEST, GATE, PROGRESS}
+_OWN_ENTRIES = {ARRAYS, COMMITS, SAMPLES, TOKENIZER, PROJECTION, STAGING, MANIFEST, GATE, PROGRESS}
 _CREATING = f"{STAGING}/creating"
 _MOST_SHOWN = 5
 
@@ -56,6 +56,7 @@ def create_store(
     calibration: Calibration,
     tokenizer: Path | None = None,
     gate: Mapping[str, Any] | None = None,
+    projection: Path | None = None,
 ) -> Manifest:
     """Lay out an empty store: arrays and tokenizer first, the manifest last, so that a crash leaves no store at all.
 
@@ -63,13 +64,14 @@ def create_store(
         manifest: fingerprints of what is laid out here are filled in.
         tokenizer: folder of tokenizer files to keep in the store.
         gate: result of the gate run that this codec passed.
+        projection: folder of fitted maps to keep in the store.
 
     Raises:
         StoreFormatError: there is something that is not the beginning of a store.
     """
     refuse_strangers(storage)
     storage.write(_CREATING, b"", replace=True)
-    for entry in [entry for folder in (ARRAYS, TOKENIZER, SAMPLES) for entry in storage.entries(folder)]:
+    for entry in [entry for folder in (ARRAYS, TOKENIZER, PROJECTION, SAMPLES) for entry in storage.entries(folder)]:
         storage.delete(entry.key)  # of a creation that died before its manifest
     metadata: dict[str, str] = {}
     with storage.scratch("create") as scratch:
@@ -79,17 +81,27 @@ def create_store(
                 document = json.loads(file.read_bytes())
                 metadata[file.relative_to(scratch / ARRAYS).as_posix()] = metadata_fingerprint(document)
             storage.write(file.relative_to(scratch).as_posix(), file, replace=True)
-    kept: dict[str, str] = {}
-    for file in sorted(tokenizer.iterdir()) if tokenizer else ():
-        content = file.read_bytes()
-        kept[file.name] = bytes_sha256(content)
-        storage.write(f"{TOKENIZER}/{file.name}", content, replace=True)
     if gate is not None:
         write_gate(storage, "before", gate)
-    manifest = dataclasses.replace(manifest, metadata=metadata, tokenizer=kept)
+    manifest = dataclasses.replace(
+        manifest,
+        metadata=metadata,
+        tokenizer=_keep(storage, TOKENIZER, tokenizer),
+        projection=_keep(storage, PROJECTION, projection),
+    )
     write_manifest(storage, manifest)
     storage.delete(_CREATING)
     return manifest
+
+
+def _keep(storage: Storage, name: str, folder: Path | None) -> dict[str, str]:
+    """Put the files of a folder into the store; their sha256 by name."""
+    kept = {}
+    for file in sorted(folder.iterdir()) if folder else ():
+        content = file.read_bytes()
+        kept[file.name] = bytes_sha256(content)
+        storage.write(f"{name}/{file.name}", content, replace=True)
+    return kept
 
 
 def extend_store(storage: Storage, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ Pure records and planning; `writer` and `reader` put them on disk and take them 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ import numpy as np
 from kvstore.codec import KINDS, Codec, Kind, Quantizer, code_dim, codec_named, storage_dtype
 from kvstore.errors import FingerprintMismatchError, StoreFormatError, StoreNotFoundError
 from kvstore.layout import Layout
-from kvstore.records import Difference, differences, fingerprint, read_sealed, write_sealed
+from kvstore.records import Difference, bytes_sha256, differences, fingerprint, read_sealed, write_sealed
 from kvstore.spec import Dtype, KVSpec, LayerSpec
 from kvstore.storage import Storage
 
@@ -25,6 +26,7 @@ ARRAYS = "kv.zarr"
 COMMITS = "commits"
 SAMPLES = "samples"
 TOKENIZER = "tokenizer"
+PROJECTION = "projection"
 GATE = "gate.json"
 PROGRESS = "progress"
 
@@ -115,6 +117,8 @@ class Manifest:
     """Fingerprint of every zarr.json by its path inside kv.zarr (`arrays.metadata_fingerprint`)."""
     tokenizer: dict[str, str]
     """sha256 of every file in tokenizer/ by name."""
+    projection: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The same of projection/: the fitted maps a baked store was made with; empty where nothing was fitted."""
     signal: dict[str, Any]
     """Everything that shapes the numbers: weights, tokenizer, codec, alignment, layers, dtype."""
     data: dict[str, Any]
@@ -166,6 +170,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         body = dataclasses.asdict(self)
+        if not self.projection:
+            del body["projection"]
         return {
             "schema_version": SCHEMA_VERSION,
             **body,
@@ -191,6 +197,7 @@ class Manifest:
                 layout=Layout(**record["layout"]),
                 groups=tuple(Group(**{**group, "layers": tuple(group["layers"])}) for group in record["groups"]),
                 token_arrays=tuple(record["token_arrays"]),
+                projection=record.get("projection", {}),
                 **{name: record[name] for name in _PLAIN_FIELDS},
             )
             fingerprints = cast(dict[str, str], record["fingerprints"])
@@ -224,6 +231,27 @@ def read_manifest(storage: Storage) -> Manifest:
             f"no store at {where}: {MANIFEST} is missing; make one with 'kvpipe extract --teacher T --data D --out {where}'"
         ) from None
     return Manifest.from_json(record, f"{where}/{MANIFEST}")
+
+
+def read_beside(storage: Storage, folder: str, expected: Mapping[str, str]) -> dict[str, bytes]:
+    """Content of the files of `tokenizer/` or `projection/`, by name.
+
+    Args:
+        expected: their sha256, as the manifest has them.
+
+    Raises:
+        StoreFormatError: a file is missing or damaged.
+    """
+    files = {}
+    for name, sha256 in expected.items():
+        with contextlib.suppress(FileNotFoundError):
+            files[name] = storage.read(f"{folder}/{name}")
+        actual = bytes_sha256(files[name]) if name in files else "nothing"
+        if actual != sha256:
+            raise StoreFormatError(
+                f"{storage.location}/{folder}/{name}: hashes to {actual}, the manifest says {sha256}; restore the file"
+            )
+    return files
 
 
 def write_manifest(storage: Storage, manifest: Manifest) -> None:

@@ -5,7 +5,6 @@ One native read per array and call, whatever the number of samples: a busy main 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
 import shutil
@@ -35,7 +34,7 @@ from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
 from kvstore.errors import CorruptShardError, StoreFormatError
-from kvstore.manifest import MANIFEST, TOKENIZER, Group, Manifest, read_manifest
+from kvstore.manifest import MANIFEST, PROJECTION, TOKENIZER, Group, Manifest, read_beside, read_manifest
 from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
@@ -143,23 +142,28 @@ class Store:
         """
         return self._tokenizer if self.manifest.tokenizer else None
 
+    @property
+    def projection_path(self) -> Path | None:
+        """Folder with the fitted maps a baked store was made with, None where nothing was fitted; otherwise as `tokenizer_path`."""
+        return self._projection if self.manifest.projection else None
+
     @cached_property
     def _tokenizer(self) -> Path:
-        files = {}
-        for name, expected in self.manifest.tokenizer.items():
-            with contextlib.suppress(FileNotFoundError):
-                files[name] = self.storage.read(f"{TOKENIZER}/{name}")
-            actual = bytes_sha256(files[name]) if name in files else "nothing"
-            if actual != expected:
-                raise StoreFormatError(
-                    f"{self.location}/{TOKENIZER}/{name}: hashes to {actual}, the manifest says {expected}; restore the file"
-                )
+        return self._beside(TOKENIZER, self.manifest.tokenizer)
+
+    @cached_property
+    def _projection(self) -> Path:
+        return self._beside(PROJECTION, self.manifest.projection)
+
+    def _beside(self, name: str, expected: Mapping[str, str]) -> Path:
+        """A folder of the store, every file of it compared with the manifest."""
+        files = read_beside(self.storage, name, expected)
         if isinstance(self.storage, Folder):
-            return self.storage.root / TOKENIZER
-        folder = Path(tempfile.mkdtemp(prefix="kvpipe-tokenizer-"))
+            return self.storage.root / name
+        folder = Path(tempfile.mkdtemp(prefix=f"kvpipe-{name}-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
         return folder
 
     def read(self, sample_indices: Iterable[SupportsIndex], layers: Sequence[int] | None = None) -> KVBatch:

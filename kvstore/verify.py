@@ -19,7 +19,7 @@ from kvstore.drop import read_dropped
 from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.gate import read_gate
 from kvstore.lease import LEASES, Claim, claims
-from kvstore.manifest import ARRAYS, COMMITS, GATE, SAMPLES, TOKENIZER, Manifest, read_manifest
+from kvstore.manifest import ARRAYS, COMMITS, GATE, PROJECTION, SAMPLES, TOKENIZER, Manifest, read_manifest
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256, fingerprint
 from kvstore.repeats import read_repeats
@@ -36,7 +36,7 @@ class Problem:
     """One thing that is wrong."""
 
     part: str
-    """What is damaged: `manifest`, `metadata`, `tokenizer`, `gate`, `tables`, `commit` or `shard`; decides how it is mended."""
+    """What is damaged: `manifest`, `metadata`, `tokenizer`, `projection`, `gate`, `tables`, `commit` or `shard`; decides how it is mended."""
     message: str
     shard: int | None = None
     sample: str | None = None
@@ -128,16 +128,15 @@ class _Verification:
             self._add("metadata", str(error))
 
     def _files(self, manifest: Manifest) -> None:
-        """What lies beside arrays and commits: tokenizer, gate record, repeats, dropped ids."""
-        for name, expected in manifest.tokenizer.items():
-            try:
-                actual = bytes_sha256(self._storage.read(f"{TOKENIZER}/{name}"))
-            except FileNotFoundError:
-                actual = "nothing"
-            if actual != expected:
-                self._add(
-                    "tokenizer", f"{TOKENIZER}/{name}: hashes to {actual}, the manifest says {expected}; restore the file"
-                )
+        """What lies beside arrays and commits: tokenizer, fitted maps, gate record, repeats, dropped ids."""
+        for folder, files in ((TOKENIZER, manifest.tokenizer), (PROJECTION, manifest.projection)):
+            for name, expected in files.items():
+                try:
+                    actual = bytes_sha256(self._storage.read(f"{folder}/{name}"))
+                except FileNotFoundError:
+                    actual = "nothing"
+                if actual != expected:
+                    self._add(folder, f"{folder}/{name}: hashes to {actual}, the manifest says {expected}; restore the file")
         try:
             self._dropped = dropped = read_dropped(self._storage)
             if (manifest.data.get("dropped") or None) != (fingerprint(dropped) if dropped else None):

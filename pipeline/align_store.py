@@ -29,14 +29,14 @@ from kvstore.codec import KINDS, format_codecs, parse_codecs
 from kvstore.commits import Commit, sample_id, token_crc32c
 from kvstore.compose import Member, Origin, Plan, Progress, RewriteSummary, TokenIdentity, cut, make, origins_of, planned
 from kvstore.drop import read_dropped
-from kvstore.manifest import Manifest, plan_groups
+from kvstore.manifest import PROJECTION, TOKENIZER, Manifest, plan_groups
 from kvstore.reader import Store
 from kvstore.records import plain
 from kvstore.spec import format_layers
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment, choose_student_layers
-from pipeline.align.fit import Fit
+from pipeline.align.fit import MAPS, Fit
 from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, TokenBytes, align_sample
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, load_tokenizer
@@ -93,9 +93,13 @@ def align_store(source: str, out: str, settings: AlignSettings, progress: Progre
     origin = {"location": store.location, "fingerprint": store.manifest.fingerprint, "student": settings.student}
     run = {"first_part": 0, "complete": True, "aligned_from": origin}
     dropped = read_dropped(store.storage) if aligner.same_tokens else []
-    with tempfile.TemporaryDirectory(prefix="kvpipe-tokenizer-") as folder:
+    with tempfile.TemporaryDirectory(prefix="kvpipe-align-") as folder:
+        tokenizer, projection = Path(folder, TOKENIZER), Path(folder, PROJECTION)
         if not aligner.same_tokens:
-            aligner.ours.tokenizer.save_pretrained(folder)
+            aligner.ours.tokenizer.save_pretrained(tokenizer)
+        if aligner.fit is not None:
+            projection.mkdir()
+            aligner.fit.save(projection / MAPS)
         summary = make(
             Plan(
                 target=target,
@@ -106,7 +110,8 @@ def align_store(source: str, out: str, settings: AlignSettings, progress: Progre
                 calibrate=lambda told: aligner.calibrate(wanted, origins, told),
                 convert=aligner.convert,
                 gate=None,
-                tokenizer=None if aligner.same_tokens else Path(folder),
+                tokenizer=None if aligner.same_tokens else tokenizer,
+                projection=None if aligner.fit is None else projection,
                 workers=settings.workers,
             ),
             f"kvpipe align {source}",
@@ -158,7 +163,7 @@ class _Aligner:
         self._positions = getattr(student.config, "max_position_embeddings", None)
         self.alignment = self._plan(probe_kv_spec(student, key_domain=store.spec.key_domain))
         self._spec = self.alignment.stored_spec() if self.alignment.baked else store.spec.select(self.alignment.teacher_layers)
-        self._fit = None if settings.fit is None else self._load_fit(settings.fit)
+        self.fit = None if settings.fit is None else self._load_fit(settings.fit)
         self._codecs = parse_codecs(settings.codec, self._spec.layer_numbers)
 
     def _plan(self, student: Any) -> Alignment:
@@ -212,8 +217,8 @@ class _Aligner:
             "aligned_from": manifest.signal_fingerprint,
             "time": "identity" if self.same_tokens else self._settings.time,
         }
-        if self._fit is not None:
-            signal["fit"] = {"fit_id": self._fit.fit_id, "method": self._fit.method}
+        if self.fit is not None:
+            signal["fit"] = {"fit_id": self.fit.fit_id, "method": self.fit.method}
         return dataclasses.replace(
             manifest,
             spec=self._spec,
@@ -337,8 +342,8 @@ class _Aligner:
                 key, value = (
                     torch.cat([sample.spans.apply(side[first:last]) for first, last, sample in bounds]) for side in (key, value)
                 )
-            if self._fit is not None:
-                key, value = self._fit.maps[layer].project(key, value)
+            if self.fit is not None:
+                key, value = self.fit.maps[layer].project(key, value)
             elif self.alignment.baked:
                 key, value = self.alignment.project(layer, key, value)
             yield layer, key.numpy(), value.numpy()

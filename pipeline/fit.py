@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,12 +15,17 @@ from kvstore.reader import KVBatch, Store
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align.alignment import Alignment
 from pipeline.align.fit import Fit, student_side
-from pipeline.align.fitted import FittedMap, Method, attention_cosine, fit_map, retained_variance
-from pipeline.align.sums import Sums
+from pipeline.align.fitted import FittedMap, Method, attention_cosine, cross_sums, fit_map, retained_variance
+from pipeline.align.sums import CrossSums, QuerySums, Sums
 
 FIT_TOKENS = 262_144
 """As many as head alignment was shown to work with (arXiv 2412.20677); at least twenty for each kv head times head dim are wanted."""
 _ATTENTION_SAMPLES, _ATTENTION_TOKENS = 8, 512
+
+StudentKV = Callable[[np.ndarray], Mapping[int, tuple[np.ndarray, np.ndarray]]]
+"""Keys, before rotation, and values of each student layer, [token, kv_head, dim], of the tokens given."""
+TeacherQueries = Callable[[np.ndarray], Mapping[int, np.ndarray]]
+"""Queries of each teacher layer, [token, head, dim], of the tokens given."""
 
 
 def fit_store(
@@ -31,6 +37,8 @@ def fit_store(
     student_layers: Sequence[int] | None = None,
     tokens: int = FIT_TOKENS,
     held_out: float = 0.1,
+    student_kv: StudentKV | None = None,
+    teacher_queries: TeacherQueries | None = None,
     progress: Progress = lambda *_: None,
 ) -> Fit:
     """Fit a map for every teacher layer in use.
@@ -43,6 +51,8 @@ def fit_store(
         tokens: stop once so many tokens are counted; the last sample counts whole.
         held_out: share of samples, spread evenly, which the fit does not see. Retained variance is measured on them, and on the
             first tokens of a few of them attention.
+        student_kv: for `ridge`, the pretrained student; where several student layers share a teacher layer, the map fits all of them.
+        teacher_queries: for `query-pca`, the teacher of the store.
 
     Raises:
         ValueError: no such layers, or geometry that the method cannot map.
@@ -60,14 +70,14 @@ def fit_store(
             f"fit: {layer_map} needs teacher layers {format_layers(alignment.teacher_layers)}, {store.location} lacks "
             f"{format_layers(missing)}; choose another --layer-map, or extract them"
         )
-    seen, unseen = _empty_sums(alignment), _empty_sums(alignment)
+    seen, unseen, beside = _empty_sums(alignment), _empty_sums(alignment), _Beside(alignment, student_kv, teacher_queries)
     held_out_samples = []
     counted, total = 0, min(tokens, int(store.samples.num_tokens.sum()))
     for index in range(len(store)):
         is_held_out = int((index + 1) * held_out) > int(index * held_out)
         if is_held_out:
             held_out_samples.append(index)
-        counted += _count_sample(store, index, unseen if is_held_out else seen)
+        counted += _count_sample(store, index, unseen if is_held_out else seen, None if is_held_out else beside)
         progress(min(counted, total), total)
         if counted >= tokens:
             break
@@ -80,7 +90,15 @@ def fit_store(
     maps = {}
     for layer, sums in seen.items():
         side, student_rope = student_side(alignment, layer)
-        maps[layer] = fit_map(method, sums, side, alignment.teacher.rope_of(layer), student_rope)
+        maps[layer] = fit_map(
+            method,
+            sums,
+            side,
+            alignment.teacher.rope_of(layer),
+            student_rope,
+            cross=beside.cross.get(layer),
+            queries=beside.queries.get(layer),
+        )
     return Fit(
         method=method,
         alignment=alignment,
@@ -122,14 +140,49 @@ def _empty_sums(alignment: Alignment) -> dict[int, Sums]:
     return sums
 
 
-def _count_sample(store: Store, index: int, sums: dict[int, Sums]) -> int:
+class _Beside:
+    """Sums that need a model to run over the tokens, of those methods that have any."""
+
+    def __init__(self, alignment: Alignment, student_kv: StudentKV | None, teacher_queries: TeacherQueries | None) -> None:
+        self._alignment, self._student_kv, self._teacher_queries = alignment, student_kv, teacher_queries
+        self.cross: dict[int, CrossSums] = {}
+        self.queries: dict[int, QuerySums] = {}
+        for layer in alignment.teacher_layers:
+            theirs, rope = alignment.teacher.layer(layer), alignment.teacher.rope_of(layer)
+            ours, own_rope = student_side(alignment, layer)
+            if student_kv is not None:
+                self.cross[layer] = cross_sums(theirs, ours, rope, own_rope)
+            if teacher_queries is not None:
+                self.queries[layer] = QuerySums(theirs, rope if own_rope is not None else None)
+
+    def of(self, input_ids: np.ndarray) -> Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]:
+        """Runs the models over one sample, once, when its first layer is counted."""
+        student = functools.cache(lambda: self._student_kv(input_ids) if self._student_kv else {})
+        teacher = functools.cache(lambda: self._teacher_queries(input_ids) if self._teacher_queries else {})
+
+        def add(layer: int, counts: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+            for own, theirs in self._alignment.layer_map:
+                if theirs == layer and layer in self.cross:
+                    ours = student()[own]
+                    self.cross[layer].add((ours[0][counts], ours[1][counts]), (key, value))
+            if layer in self.queries:
+                self.queries[layer].add(teacher()[layer][counts])
+
+        return add
+
+
+def _count_sample(store: Store, index: int, sums: dict[int, Sums], beside: _Beside | None) -> int:
     """Add a sample to every layer; returns how many tokens counted. One layer at a time: head dims may differ among layers."""
-    num_tokens = 0
+    num_tokens, add = 0, None
     for layer, of_layer in sums.items():
         batch = store.read([index], [layer])
         counts = _counting(store, batch)
-        of_layer.add(batch.key[0][counts], batch.value[0][counts])
+        key, value = batch.key[0][counts], batch.value[0][counts]
+        of_layer.add(key, value)
         num_tokens = int(counts.sum())
+        if beside is not None and num_tokens:
+            add = add or beside.of(batch.input_ids)
+            add(layer, counts, key, value)
     return num_tokens
 
 

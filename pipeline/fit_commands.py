@@ -15,12 +15,15 @@ from pipeline.terminal import print_record, progress_bar
 @click.option("--student", required=True, help="Preset, Hugging Face id, folder, or a TOML file with a fresh config.")
 @click.option(
     "--method",
-    type=click.Choice(["group-mean", "procrustes", "complex-pca"]),
+    type=click.Choice(["group-mean", "procrustes", "complex-pca", "query-pca", "ridge"]),
     default="complex-pca",
     show_default=True,
     help="group-mean pools heads as they are, for comparison; procrustes turns the heads of a group towards each other first; "
-    "complex-pca takes the principal components over heads.",
+    "complex-pca takes the principal components over heads; query-pca those that the teacher's queries read, and needs --teacher; "
+    "ridge predicts a pretrained student's own keys and values.",
 )
+@click.option("--teacher", help="For query-pca: the store's teacher. Preset, Hugging Face id or folder.")
+@click.option("--device", default="cpu", show_default=True, help="Where ridge runs the student and query-pca the teacher.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File to write, FILE.safetensors.")
 @click.option(
     "--layer-map",
@@ -32,9 +35,18 @@ from pipeline.terminal import print_record, progress_bar
 @click.option("--tokens", type=click.IntRange(1), default=262_144, show_default=True, help="Tokens of the store to fit on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def fit(
-    store: str, student: str, method: Any, out: Path, layer_map: str, layers: str | None, tokens: int, as_json: bool
+    store: str,
+    student: str,
+    method: Any,
+    teacher: str | None,
+    device: str,
+    out: Path,
+    layer_map: str,
+    layers: str | None,
+    tokens: int,
+    as_json: bool,
 ) -> None:
-    """Fit maps from a teacher's heads and dims to a student's on a raw store, without the teacher.
+    """Fit maps from a teacher's heads and dims to a student's on a raw store; all but query-pca without the teacher.
 
     Keys are mapped so that the map commutes with rotary positions: heads are mixed within one rotary pair only. A tenth of the
     samples is held out; how much of the variance a map retains is said of both parts. If they differ much, take more --tokens.
@@ -46,21 +58,32 @@ def fit(
     \b
     kvpipe fit --store raw-store --student qwen2-0.5b --out maps.safetensors
     kvpipe fit --store raw-store --student qwen2-0.5b --method procrustes --layers all --out turned.safetensors
+    kvpipe fit --store raw-store --student qwen2-0.5b --method query-pca --teacher qwen2-7b --out read.safetensors
     """
     from kvstore import KVStoreError, open_store
     from pipeline.align.layers import choose_student_layers
     from pipeline.fit import fit_store
+    from pipeline.fit_models import pretrained_student, teacher_queries
     from pipeline.models.load import build_student, load_tokenizer
     from pipeline.models.probe import probe_kv_spec
 
     opened = open_store(store)
     if opened.tokenizer_path is None:
         raise KVStoreError(f"{opened.location}: got no tokenizer, expected the one 'kvpipe extract' keeps in a store")
-    model, _ = build_student(student, vocab_size=len(load_tokenizer(opened.tokenizer_path)), seed=0)
+    if (method == "query-pca") != (teacher is not None):
+        raise click.UsageError(f"--method {method} {'needs' if teacher is None else 'takes no'} --teacher")
+    model, own_tokenizer = build_student(student, vocab_size=len(load_tokenizer(opened.tokenizer_path)), seed=0)
     spec = probe_kv_spec(model.eval(), key_domain=opened.spec.key_domain)
+    beside: dict[str, Any] = {}
+    if method == "ridge":
+        beside["student_kv"] = pretrained_student(student, model, own_tokenizer, spec, opened, device)
+    if teacher is not None:
+        beside["teacher_queries"] = teacher_queries(teacher, opened, device)
     chosen = choose_student_layers(layers, layer_map, spec.layer_numbers)
     with progress_bar("fit", "tok") as progress:
-        made = fit_store(opened, spec, method, layer_map=layer_map, student_layers=chosen, tokens=tokens, progress=progress)
+        made = fit_store(
+            opened, spec, method, layer_map=layer_map, student_layers=chosen, tokens=tokens, progress=progress, **beside
+        )
     made.save(out)
     rows = [
         {

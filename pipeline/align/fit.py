@@ -21,6 +21,9 @@ from kvstore.spec import LayerSpec, RopeSpec
 from pipeline.align.alignment import Alignment
 from pipeline.align.fitted import FittedMap, Method, Retained
 
+MAPS = "maps.safetensors"
+"""The file in a store's projection/ folder."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fit:

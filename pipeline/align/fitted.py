@@ -21,11 +21,13 @@ from torch.nn.functional import cosine_similarity, linear, scaled_dot_product_at
 from kvstore.spec import LayerSpec, RopeSpec
 from pipeline.align.heads import head_map, key_channels, spread_channels
 from pipeline.align.rope import rotate
-from pipeline.align.sums import Moments, Sums, resting_channels, rotated_pairs
+from pipeline.align.sums import CrossSums, Moments, QuerySums, Sums, resting_channels, rotated_pairs
 
-Method = Literal["group-mean", "procrustes", "complex-pca"]
+Method = Literal["group-mean", "procrustes", "complex-pca", "query-pca", "ridge"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _PROCRUSTES_ROUNDS = 30
+_RIDGE = 1e-3
+"""Of the mean variance of a teacher channel, added to all of them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,43 +73,64 @@ class FittedMap:
 
 
 def fit_map(
-    method: Method, sums: Sums, student: LayerSpec, teacher_rope: RopeSpec | None, student_rope: RopeSpec | None
+    method: Method,
+    sums: Sums,
+    student: LayerSpec,
+    teacher_rope: RopeSpec | None,
+    student_rope: RopeSpec | None,
+    *,
+    cross: CrossSums | None = None,
+    queries: QuerySums | None = None,
 ) -> FittedMap:
     """Fit one layer.
 
     `group-mean` pools heads as `head_map` does (GQA, arXiv 2305.13245). `procrustes` turns the heads of a group towards each other
     first, keys by one angle per rotary pair, by generalised Procrustes on the second moments (arXiv 2412.20677). `complex-pca` takes
     principal components of the centred covariance over heads, for each rotary pair; for values, and key channels that do not rotate,
-    over heads and channels. Where head dims differ, rotary pairs are matched as in `key_channels`. If either side does not rotate,
+    over heads and channels. `query-pca` does so for keys as loud as the teacher's queries read them, so that what is left out is the
+    error of the attention scores and not of the keys (KQ-SVD, arXiv 2512.05916); sizes are kept on average, and values mapped as by
+    `complex-pca`. `ridge` is the regression of a pretrained student's own keys and values, W = S_st (S_tt + rho I)^-1 with
+    rho = 1e-3 tr(S_tt) / n, for each rotary pair over complex numbers. Where head dims differ, rotary pairs are matched as in `key_channels`. If either side does not rotate,
     keys are mapped as values are. What has no counterpart is zero.
 
+    Args:
+        cross: for `ridge`, as `cross_sums` makes them.
+        queries: for `query-pca`, of the same teacher layer.
+
     Raises:
-        ValueError: no tokens were counted, or `complex-pca` is asked for more heads than the teacher has.
+        ValueError: no tokens were counted, sums that the method needs are missing, or components of more heads than the teacher has.
     """
     heads, key_dim, value_dim = sums.geometry
     if sums.count == 0:
         raise ValueError("fit: got 0 tokens, expected at least one; twenty for each dimension are a good number")
-    if method == "complex-pca" and student.num_kv_heads > heads:
+    if (method == "ridge") != (cross is not None) or (method == "query-pca") != (queries is not None):
+        raise ValueError(f"{method}: got cross sums {cross}, query sums {queries}; ridge takes the first, query-pca the second")
+    if method in ("complex-pca", "query-pca") and student.num_kv_heads > heads:
         raise ValueError(
-            f"complex-pca: got {heads} teacher heads for {student.num_kv_heads} student heads, expected no more student heads; "
+            f"{method}: got {heads} teacher heads for {student.num_kv_heads} student heads, expected no more student heads; "
             "components cannot be made up. Use group-mean, which repeats heads"
         )
     if not teacher_rope or not student_rope:
         teacher_rope = student_rope = None
     if sums.pairs != rotated_pairs(teacher_rope):
         raise ValueError(f"fit: the sums were taken for rotary pairs {sums.pairs}, expected {rotated_pairs(teacher_rope)}")
-    wanted = student.num_kv_heads
+    wanted, count = student.num_kv_heads, sums.count
     key = np.zeros((wanted, student.key_dim, heads, key_dim))
-    for (a, b), pair in _matched_pairs(key_dim, student.key_dim, teacher_rope, student_rope):
-        weight = _fit_block(method, sums.turning, pair, sums.count, (wanted, 1), (heads, 1))[:, 0, :, 0]
+    loudness = None if queries is None else _Loudness(queries)
+    for number, ((a, b), pair) in enumerate(_matched_pairs(key_dim, student.key_dim, teacher_rope, student_rope)):
+        beside = cross.turning[number] / cross.count if cross else loudness.of_pair(pair) if loudness else None
+        weight = _fit_block(method, sums.turning, pair, count, (wanted, 1), (heads, 1), beside)[:, 0, :, 0]
         c, d = sums.pairs[pair]
         key[:, a, :, c] = key[:, b, :, d] = weight.real
         key[:, b, :, c], key[:, a, :, d] = weight.imag, -weight.imag
     rest = resting_channels(student.key_dim, student_rope)
     if rest and sums.rest:
-        weight = _fit_block(method, sums.resting, 0, sums.count, (wanted, len(rest)), (heads, len(sums.rest)))
+        beside = cross.resting / cross.count if cross else loudness.of_resting() if loudness else None
+        weight = _fit_block(method, sums.resting, 0, count, (wanted, len(rest)), (heads, len(sums.rest)), beside)
         key[np.ix_(range(wanted), rest, range(heads), sums.rest)] = weight
-    value = _fit_block(method, sums.values, 0, sums.count, (wanted, student.value_dim), (heads, value_dim))
+    beside = None if cross is None else cross.values / cross.count
+    of_values: Method = "complex-pca" if method == "query-pca" else method
+    value = _fit_block(of_values, sums.values, 0, count, (wanted, student.value_dim), (heads, value_dim), beside)
     return FittedMap(key=torch.from_numpy(key).float(), value=torch.from_numpy(value).float())
 
 
@@ -188,12 +211,65 @@ def _matched_pairs(
     return [(pair, pair_of[source]) for pair, source in found if source is not None]
 
 
+def cross_sums(
+    teacher: LayerSpec, student: LayerSpec, teacher_rope: RopeSpec | None, student_rope: RopeSpec | None
+) -> CrossSums:
+    """Empty ones, of the channels a `ridge` of these layers regresses on each other."""
+    if not teacher_rope or not student_rope:
+        teacher_rope = student_rope = None
+    pairs = rotated_pairs(teacher_rope)
+    matched = [
+        (ours, pairs[pair]) for ours, pair in _matched_pairs(teacher.key_dim, student.key_dim, teacher_rope, student_rope)
+    ]
+    rest = resting_channels(student.key_dim, student_rope), resting_channels(teacher.key_dim, teacher_rope)
+    return CrossSums(teacher, student, matched, rest)
+
+
+class _Loudness:
+    """Square roots of query moments, their mean square over heads and channels 1."""
+
+    def __init__(self, queries: QuerySums) -> None:
+        self._queries = queries
+        total = float(queries.turning.sum() + np.trace(queries.resting, axis1=1, axis2=2).sum())
+        self._scale = 1.0 / max(total / (queries.heads * queries.dim), np.finfo(np.float64).tiny)
+
+    def of_pair(self, pair: int) -> np.ndarray:
+        return np.diag(np.sqrt(self._queries.turning[pair] * self._scale / 2))
+
+    def of_resting(self) -> np.ndarray:
+        heads, width = self._queries.resting.shape[:2]
+        out = np.zeros((heads, width, heads, width))
+        for head, second in enumerate(self._queries.resting * self._scale):
+            sizes, basis = np.linalg.eigh(second)
+            out[head, :, head] = (basis * np.sqrt(np.maximum(sizes, 0.0))) @ basis.T
+        return out.reshape(heads * width, heads * width)
+
+
 def _fit_block(
-    method: Method, moments: Moments, block: int, count: int, student: tuple[int, int], teacher: tuple[int, int]
+    method: Method,
+    moments: Moments,
+    block: int,
+    count: int,
+    student: tuple[int, int],
+    teacher: tuple[int, int],
+    beside: np.ndarray | None,
 ) -> np.ndarray:
-    """Weights [student head, student channel, teacher head, teacher channel] of one block; `student` is (heads, channels)."""
+    """Weights [student head, student channel, teacher head, teacher channel] of one block; `student` is (heads, channels).
+
+    Args:
+        beside: for `ridge` the cross moment [student, teacher], for `query-pca` the square root of the queries' moment.
+    """
     if method == "complex-pca":
         return _principal(moments.covariance(count)[block], student[0] * student[1]).reshape(*student, *teacher)
+    if method == "query-pca":
+        assert beside is not None
+        heard = beside @ moments.covariance(count)[block] @ beside
+        return np.asarray(_principal(heard, student[0] * student[1]) @ beside).reshape(*student, *teacher)
+    if method == "ridge":
+        assert beside is not None
+        second = moments.second[block] / count
+        second = second + _RIDGE * np.trace(second).real / len(second) * np.eye(len(second))
+        return np.linalg.solve(second.T, beside.T).T.reshape(*student, *teacher)
     select = np.zeros((student[1], teacher[1]))
     for target, source in enumerate(spread_channels(teacher[1], student[1])):
         if source is not None:

@@ -1,18 +1,23 @@
-"""Second moments of one teacher layer's keys and values, streamed: all that a fitted projection is made of.
+"""Second moments of one teacher layer's keys and values, streamed: all that fitted projections are made of.
 
 Knows channels and how they rotate, not where the numbers come from.
 
-Suffixes: F rotated pairs, H heads, R channels of a head that do not rotate, D channels of a head.
+Suffixes: F rotated pairs, H heads, S student heads, R channels of a head that do not rotate, D channels of a head.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Complex128, Float, Float64
 
 from kvstore.spec import LayerSpec, RopeSpec
+
+Channels = tuple[int, ...]
+Matched = tuple[tuple[int, int], tuple[int, int]]
+"""The channels of a rotary pair of the student, and of the teacher's pair it is fitted to."""
 
 
 def rotated_pairs(rope: RopeSpec | None) -> tuple[tuple[int, int], ...]:
@@ -113,4 +118,99 @@ class Sums:
         self.turning.merge(other.turning)
         self.resting.merge(other.resting)
         self.values.merge(other.values)
+        self.count += other.count
+
+
+class CrossSums:
+    """What a pretrained student makes of the same tokens, against what the teacher does; merges as `Sums` does."""
+
+    def __init__(
+        self, teacher: LayerSpec, student: LayerSpec, matched: Sequence[Matched], rest: tuple[Channels, Channels]
+    ) -> None:
+        """Nothing added yet.
+
+        Args:
+            matched: channels of each student pair and of the teacher pair it is fitted to.
+            rest: channels that do not rotate, of the student and of the teacher.
+        """
+        self.geometries, self.matched, self.rest = (student.geometry, teacher.geometry), tuple(matched), rest
+        heads = student.num_kv_heads, teacher.num_kv_heads
+        self.count = 0
+        self.turning = np.zeros((len(self.matched), *heads), np.complex128)
+        """Sum of z_student z_teacher^H for every matched pair."""
+        self.resting = np.zeros(tuple(side * len(channels) for side, channels in zip(heads, rest, strict=True)))
+        self.values = np.zeros((heads[0] * student.value_dim, heads[1] * teacher.value_dim))
+
+    def add(
+        self,
+        student: tuple[Float[np.ndarray, "token S Ds"], Float[np.ndarray, "token S Dsv"]],
+        teacher: tuple[Float[np.ndarray, "_ H Dt"], Float[np.ndarray, "_ H Dtv"]],
+    ) -> None:
+        """Count keys and values of the same tokens.
+
+        Raises:
+            ValueError: arrays of another geometry.
+        """
+        for side, (key, value), (heads, key_dim, value_dim) in zip(
+            ("student", "teacher"), (student, teacher), self.geometries, strict=True
+        ):
+            if key.shape != (len(teacher[0]), heads, key_dim) or value.shape != (len(teacher[0]), heads, value_dim):
+                raise ValueError(
+                    f"cross sums: got {side} key {list(key.shape)}, value {list(value.shape)}, expected [{len(teacher[0])}, {heads}, "
+                    f"{key_dim}] and [{len(teacher[0])}, {heads}, {value_dim}], axes [token, kv_head, dim]"
+                )
+        ours, theirs = (pair[0].astype(np.float64) for pair in (student, teacher))
+        for block, ((a, b), (c, d)) in enumerate(self.matched):
+            self.turning[block] += (ours[..., a] + 1j * ours[..., b]).T @ (theirs[..., c] - 1j * theirs[..., d])
+        sides = [x[..., list(channels)].reshape(len(x), -1) for x, channels in zip((ours, theirs), self.rest, strict=True)]
+        self.resting += sides[0].T @ sides[1]
+        flat = [pair[1].astype(np.float64).reshape(len(pair[1]), -1) for pair in (student, teacher)]
+        self.values += flat[0].T @ flat[1]
+        self.count += len(ours)
+
+    def merge(self, other: CrossSums) -> None:
+        """Add what another has counted, of the same layers."""
+        self.turning += other.turning
+        self.resting += other.resting
+        self.values += other.values
+        self.count += other.count
+
+
+class QuerySums:
+    """How loud the teacher's queries are where each key head and pair is read; merges as `Sums` does."""
+
+    def __init__(self, teacher: LayerSpec, rope: RopeSpec | None) -> None:
+        self.heads, self.dim = teacher.num_kv_heads, teacher.key_dim
+        self.pairs, self.rest = rotated_pairs(rope), resting_channels(teacher.key_dim, rope)
+        self.count = 0
+        self.turning = np.zeros((len(self.pairs), self.heads))
+        """Sum of |z|^2 over the queries of a key head: a rotation does not change it, so these may be rotated."""
+        self.resting = np.zeros((self.heads, len(self.rest), len(self.rest)))
+
+    def add(self, query: Float[np.ndarray, "token Hq D"]) -> None:
+        """Count queries; each key head is read by as many neighbouring query heads.
+
+        Raises:
+            ValueError: queries of another geometry.
+        """
+        if query.ndim != 3 or query.shape[1] % self.heads or query.shape[2] != self.dim:
+            raise ValueError(
+                f"query sums: got {list(query.shape)}, expected [token, a multiple of {self.heads}, {self.dim}], axes [token, head, dim]"
+            )
+        grouped = query.astype(np.float64).reshape(len(query), self.heads, -1, self.dim)
+        squares = np.square(grouped).sum(axis=(0, 2))
+        for block, (a, b) in enumerate(self.pairs):
+            self.turning[block] += squares[:, a] + squares[:, b]
+        chosen = (
+            grouped[..., list(self.rest)]
+            .transpose(1, 0, 2, 3)
+            .reshape(self.heads, len(query) * grouped.shape[2], len(self.rest))
+        )
+        self.resting += chosen.transpose(0, 2, 1) @ chosen
+        self.count += len(query) * grouped.shape[2]
+
+    def merge(self, other: QuerySums) -> None:
+        """Add what another has counted, of the same layer."""
+        self.turning += other.turning
+        self.resting += other.resting
         self.count += other.count

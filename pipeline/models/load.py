@@ -239,6 +239,12 @@ def _fresh_model(name: str, fields: Mapping[str, Any], vocab_size: int | None, s
     defined = {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys() | OPTIONAL_FIELDS
     if unknown := sorted(fields.keys() & config.to_dict().keys() - defined):
         raise ModelLoadError(f"student {name}: {model_type} has no fields {unknown}; it has {sorted(defined)}")
+    heads, kv_heads = (getattr(config, field, None) for field in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise ModelLoadError(
+            f"student {name}: got num_attention_heads {heads}, num_key_value_heads {kv_heads}, expected the first to be a multiple of the "
+            f"second; {model_type} takes its own default where one is left out"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # weights are drawn on the CPU; leave the devices' generators alone
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -200,6 +200,11 @@ def test_a_student_can_be_a_config_of_another_checkpoint(checkpoint: Path) -> No
         pytest.param("[config]\nmodel_type = 'qwen9'", "got model_type 'qwen9'.*Unrecognized model", id="model-type"),
         pytest.param("[config]\nhidden_size = 8", "got model_type None and fields", id="no-model-type"),
         pytest.param("[config]\nmodel_type = 'qwen2'\nvocab_size = 9", "got vocab_size 9, expected at least 258", id="vocab"),
+        pytest.param(
+            "[config]\nmodel_type = 'qwen2'\nnum_attention_heads = 4",
+            "got num_attention_heads 4, num_key_value_heads 32, expected the first to be a multiple",
+            id="heads",
+        ),
         pytest.param("[config", "TOMLDecodeError", id="toml"),
         pytest.param("config = 3\nseed = 1", r"unknown fields \['seed'\]", id="field"),
     ],

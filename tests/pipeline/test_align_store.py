@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from tokenizers import normalizers
 
-from kvstore import FingerprintMismatchError, KVStoreError, open_store
+from kvstore import FingerprintMismatchError, KVStoreError, StoreFormatError, open_store
 from kvstore.describe import describe
 from kvstore.reader import Store
 from kvstore.rewrite import recode_store
@@ -169,6 +169,18 @@ def test_fitted_maps_project_instead_of_the_mean_and_only_on_their_own_store(raw
     align_store(str(raw), str(tmp_path / "out"), AlignSettings(student=student, codec="raw", fit=str(maps)))
     store, before, fit = open_store(tmp_path / "out"), open_store(raw), Fit.load(maps)
     assert store.manifest.signal["fit"] == {"fit_id": fit.fit_id, "method": "complex-pca"}
+    assert store.projection_path is not None
+    assert Fit.load(store.projection_path / "maps.safetensors").fit_id == fit.fit_id
+    assert verify_store(tmp_path / "out").ok
+    recode_store(str(tmp_path / "out"), "q8", str(tmp_path / "smaller"))
+    recoded = open_store(tmp_path / "smaller")
+    assert recoded.manifest.projection == store.manifest.projection
+    assert verify_store(tmp_path / "smaller").ok
+    (tmp_path / "smaller" / "projection" / "maps.safetensors").write_bytes(b"other maps")
+    (problem,) = verify_store(tmp_path / "smaller").problems
+    assert problem.part == "projection"
+    with pytest.raises(StoreFormatError, match=r"projection/maps\.safetensors: hashes to .*; restore the file"):
+        _ = open_store(tmp_path / "smaller").projection_path
     for number, identity in enumerate(store.samples.ids):
         whole = before.read([before.samples.ids.index(identity)], [3])
         key, value = fit.maps[3].project(torch.from_numpy(whole.key[0]), torch.from_numpy(whole.value[0]))

@@ -17,11 +17,17 @@ from kvstore.manifest import write_manifest
 from kvstore.spec import KVSpec
 from kvstore.storage import locate
 from pipeline.align.fit import Fit
-from pipeline.align.fitted import METHODS, Method, attention_cosine, fit_map, retained_variance
-from pipeline.align.sums import Sums
+from pipeline.align.fitted import Method, attention_cosine, cross_sums, fit_map, retained_variance
+from pipeline.align.sums import QuerySums, Sums
+from pipeline.cli import cli
 from pipeline.fit import fit_store
 from pipeline.fit_commands import fit as command
-from tests.checkpoints import byte_tokenizer
+from pipeline.models.attention import CaptureError
+from pipeline.models.capture import capture_kv
+from pipeline.models.load import load_causal_lm
+from pipeline.models.probe import probe_kv_spec
+from pipeline.models.queries import capture_queries
+from tests.checkpoints import byte_tokenizer, save_checkpoint, tiny_model
 from tests.stores import Source, random_source, small_spec, write_store
 from tests.training.conftest import make_texts, teacher_source
 
@@ -44,7 +50,7 @@ def narrower(spec: KVSpec) -> KVSpec:
     return dataclasses.replace(spec, layers=layers)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["group-mean", "procrustes", "complex-pca"])
 def test_a_streamed_fit_is_the_one_of_all_tokens_at_once(raw: Path, source: Source, method: Method) -> None:
     store = open_store(raw)
     told: list[tuple[int, int]] = []
@@ -154,3 +160,124 @@ def test_a_store_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, ["--store", str(root), "--student", "x", "--out", str(tmp_path / "f")])
     assert isinstance(result.exception, KVStoreError)
     assert "got no tokenizer" in str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Teacher, pretrained student with half its kv heads and layers, and a raw store of the teacher, as the commands make them."""
+    folder = tmp_path_factory.mktemp("extracted")
+    teacher = save_checkpoint(folder / "teacher", "qwen2", num_hidden_layers=4)
+    student = save_checkpoint(folder / "student", "qwen2", seed=1, num_hidden_layers=2, num_key_value_heads=1)
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(12)))
+    done = CliRunner().invoke(
+        cli,
+        [
+            "extract",
+            "--teacher",
+            str(teacher),
+            "--data",
+            str(text),
+            "--out",
+            str(folder / "kv"),
+            "--codec",
+            "raw",
+            "--device",
+            "cpu",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    return teacher, student, folder / "kv"
+
+
+def test_ridge_fits_every_student_layer_to_the_students_own_numbers(extracted: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, student, raw = extracted
+    arguments = [
+        "--store",
+        str(raw),
+        "--student",
+        str(student),
+        "--layers",
+        "all",
+        "--method",
+        "ridge",
+        "--layer-map",
+        "0=3,1=3",
+    ]
+    done = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "maps.safetensors"), "--json"])
+    assert done.exit_code == 0, done.output
+    fit, store = Fit.load(tmp_path / "maps.safetensors"), open_store(raw)
+    model = load_causal_lm(student)
+    spec, alignment = probe_kv_spec(model), fit.alignment
+    side, rope = spec.layer(0), store.spec.rope_of(3)
+    sums, cross = Sums(store.spec.layer(3), rope), cross_sums(store.spec.layer(3), side, rope, spec.rope_of(0))
+    for index in [number for number in range(len(store)) if int((number + 1) * 0.1) == int(number * 0.1)]:
+        batch = store.read([index], [3])
+        counts = calibration_mask([len(batch.input_ids)])
+        ours = capture_kv(model, spec, torch.from_numpy(batch.input_ids.astype(np.int64))[None])
+        sums.add(batch.key[0][counts], batch.value[0][counts])
+        for layer in (0, 1):
+            key, value = (side[0].transpose(0, 1).numpy()[counts] for side in ours[layer])
+            cross.add((key, value), (batch.key[0][counts], batch.value[0][counts]))
+    expected = fit_map("ridge", sums, side, rope, spec.rope_of(0), cross=cross)
+    assert alignment.layer_map == ((0, 3), (1, 3))
+    torch.testing.assert_close(fit.maps[3].key, expected.key, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fit.maps[3].value, expected.value, rtol=1e-4, atol=1e-6)
+
+
+def test_query_pca_listens_to_the_teachers_own_queries(extracted: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    teacher, student, raw = extracted
+    arguments = [
+        "--store",
+        str(raw),
+        "--student",
+        str(student),
+        "--layers",
+        "1",
+        "--method",
+        "query-pca",
+        "--teacher",
+        str(teacher),
+    ]
+    done = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "maps.safetensors"), "--json"])
+    assert done.exit_code == 0, done.output
+    fit, store, model = Fit.load(tmp_path / "maps.safetensors"), open_store(raw), load_causal_lm(teacher)
+    rope, theirs = store.spec.rope_of(3), store.spec.layer(3)
+    sums, queries = Sums(theirs, rope), QuerySums(theirs, rope)
+    attention = model.model.layers[3].self_attn
+    seen: list[torch.Tensor] = []
+    attention.q_proj.register_forward_hook(lambda _module, _args, out: seen.append(out[0]))
+    for index in [number for number in range(len(store)) if int((number + 1) * 0.1) == int(number * 0.1)]:
+        batch = store.read([index], [3])
+        counts = calibration_mask([len(batch.input_ids)])
+        with torch.no_grad():
+            model(input_ids=torch.from_numpy(batch.input_ids.astype(np.int64))[None])
+        sums.add(batch.key[0][counts], batch.value[0][counts])
+        # Before rotation, which does not change how loud a pair is.
+        queries.add(seen.pop().reshape(len(counts), -1, theirs.key_dim).numpy()[counts])
+    expected = fit_map(
+        "query-pca", sums, fit.alignment.student.layer(1), rope, fit.alignment.student.rope_of(1), queries=queries
+    )
+    torch.testing.assert_close(fit.maps[3].key, expected.key, rtol=1e-3, atol=1e-5)
+
+
+def test_models_that_are_not_the_stores_are_refused(extracted: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    teacher, student, raw = extracted
+    fresh = tmp_path / "fresh.toml"
+    fresh.write_text('[config]\nmodel_type = "qwen2"\nhidden_size = 32\nnum_hidden_layers = 2\nnum_attention_heads = 4\nnum_key_value_heads = 1\n')
+    base = ["--store", str(raw), "--out", str(tmp_path / "maps.safetensors")]
+    for arguments, message in (
+        (["--student", str(fresh), "--method", "ridge"], "has fresh weights, expected a pretrained one"),
+        (["--student", str(student), "--method", "query-pca"], "--method query-pca needs --teacher"),
+        (["--student", str(student), "--teacher", str(teacher)], "--method complex-pca takes no --teacher"),
+        (["--student", str(student), "--method", "query-pca", "--teacher", str(student)], "name the teacher of this store"),
+    ):
+        done = CliRunner().invoke(command, [*base, *arguments])
+        assert done.exit_code != 0
+        assert message in f"{done.output}{done.exception}"
+
+
+def test_a_model_with_attention_of_its_own_hands_no_queries_over() -> None:
+    model = tiny_model("bloom")
+    with pytest.raises(CaptureError, match=r"BloomForCausalLM: its attention hands no queries over"):
+        capture_queries(model, torch.zeros((1, 3), dtype=torch.int64))
