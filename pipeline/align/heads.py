@@ -68,10 +68,16 @@ def key_channels(source_dim: int, target_dim: int, source_rope: RopeSpec | None,
 
 def project_heads(x: Float[Tensor, "..."], num_kv_heads: int, head_axis: int = -2) -> Float[Tensor, "..."]:
     """Apply `head_map` along `head_axis` (negative) in at least fp32, rounding once; the same object for an equal count."""
-    if x.shape[head_axis] == num_kv_heads:
+    num_heads = x.shape[head_axis]
+    if num_heads == num_kv_heads:
         return x
+    if num_kv_heads % num_heads == 0:
+        return x.repeat_interleave(num_kv_heads // num_heads, dim=head_axis)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight_SH = _head_map_on(x.shape[head_axis], num_kv_heads, x.device, dtype)
+    if num_heads % num_kv_heads == 0:
+        groups = x.reshape(*x.shape[:head_axis], num_kv_heads, num_heads // num_kv_heads, *x.shape[head_axis + 1 :])
+        return groups.mean(dim=head_axis, dtype=dtype).to(x.dtype)
+    weight_SH = _head_map_on(num_heads, num_kv_heads, x.device, dtype)
     # Autocast would run this product in bf16 inside a training step.
     with torch.autocast(x.device.type, enabled=False):
         out = weight_SH @ x.to(dtype).flatten(start_dim=head_axis + 1)

@@ -8,6 +8,7 @@ Suffixes: B batch, H heads, T token, D channels of a head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -120,9 +121,22 @@ def resample_kv_with_interpolation(kv: Float[Tensor, "..."], T_out: int) -> Floa
     T_in = kv.shape[2]
     if T_out == T_in:
         return kv
-    whole, remainder = linear_positions(T_in, T_out, kv.device)
     dtype = torch.promote_types(kv.dtype, torch.float32)
-    below = kv.index_select(2, whole).to(dtype)
-    above = kv.index_select(2, whole + (remainder > 0)).to(dtype)
-    weight_TD = (remainder.to(dtype) / max(T_out - 1, 1))[:, None]
-    return torch.lerp(below, above, weight_TD).to(kv.dtype)
+    first, second, weight_TD = _interpolation(T_in, T_out, kv.device, dtype)
+    # Stores and models keep heads inside tokens, [B, T, H, D]: whole rows are taken then, not pieces of them.
+    by_token = kv.stride(1) < kv.stride(2)
+    rows, axis, weight = (kv.transpose(1, 2), 1, weight_TD[:, None]) if by_token else (kv, 2, weight_TD)
+    below, above = (rows.index_select(axis, index).to(dtype) for index in (first, second))
+    out = torch.lerp(below, above, weight).to(kv.dtype)
+    return out.transpose(1, 2) if by_token else out
+
+
+@functools.lru_cache(maxsize=256)
+def _interpolation(
+    T_in: int, T_out: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Int64[Tensor, "{T_out}"], Int64[Tensor, "{T_out}"], Float[Tensor, "{T_out} 1"]]:
+    """The two source tokens of each output token, and the weight of the second."""
+    # Kept for extraction and training: a tensor made in inference mode could not be saved for a later backward.
+    with torch.inference_mode(mode=False):
+        whole, remainder = linear_positions(T_in, T_out, device)
+        return whole, whole + (remainder > 0), (remainder.to(dtype) / max(T_out - 1, 1))[:, None]

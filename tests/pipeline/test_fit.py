@@ -264,7 +264,9 @@ def test_query_pca_listens_to_the_teachers_own_queries(extracted: tuple[Path, Pa
 def test_models_that_are_not_the_stores_are_refused(extracted: tuple[Path, Path, Path], tmp_path: Path) -> None:
     teacher, student, raw = extracted
     fresh = tmp_path / "fresh.toml"
-    fresh.write_text('[config]\nmodel_type = "qwen2"\nhidden_size = 32\nnum_hidden_layers = 2\nnum_attention_heads = 4\nnum_key_value_heads = 1\n')
+    fresh.write_text(
+        '[config]\nmodel_type = "qwen2"\nhidden_size = 32\nnum_hidden_layers = 2\nnum_attention_heads = 4\nnum_key_value_heads = 1\n'
+    )
     base = ["--store", str(raw), "--out", str(tmp_path / "maps.safetensors")]
     for arguments, message in (
         (["--student", str(fresh), "--method", "ridge"], "has fresh weights, expected a pretrained one"),
