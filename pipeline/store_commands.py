@@ -80,11 +80,11 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
 @click.option("--fit", help="File of 'kvpipe fit' with fitted maps of heads and dims [the area map].")
 @click.option(
     "--time",
-    type=click.Choice(["overlap", "last", "linear"]),
+    type=click.Choice(["overlap", "last", "linear", "nearest"]),
     default="overlap",
     show_default=True,
     help="With another tokenizer: the mean of the teacher tokens under each student token, the last of them alone, or what lies at "
-    "the same share of the sample, whatever the text (for comparison).",
+    "the same share of each text between special tokens, whatever is written there, interpolated or nearest (for comparison).",
 )
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Shards made at a time.")
 @_out

@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from kvstore.records import fingerprint
-from pipeline.align.time import linear_positions
+from pipeline.align.time import build_safe_linear_indices, linear_positions
 
 Ids = Sequence[int] | np.ndarray
-TimeMode = Literal["overlap", "last", "linear"]
+TimeMode = Literal["overlap", "last", "linear", "nearest"]
 """`overlap`: the mean of the teacher tokens under a student token, by bytes; `last`: the last of them alone; `linear`: by position."""
 _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
@@ -273,11 +273,25 @@ def linear_spans(num_teacher: int, num_student: int) -> SpanMap:
     return SpanMap(indptr=indptr, indices=indices, weights=weights.astype(np.float32))
 
 
+def nearest_spans(num_teacher: int, num_student: int) -> SpanMap:
+    """Take the one token nearest to the same share of the sample, halves going up; otherwise as `linear_spans`.
+
+    Raises:
+        ValueError: there is nothing to take from.
+    """
+    indices = build_safe_linear_indices(1, num_teacher, num_student)[0].numpy()
+    return SpanMap(
+        indptr=np.arange(num_student + 1, dtype=np.int64), indices=indices, weights=np.ones(num_student, dtype=np.float32)
+    )
+
+
 def _spans(
     teacher_starts: np.ndarray, teacher_ends: np.ndarray, student_starts: np.ndarray, student_ends: np.ndarray, mode: TimeMode
 ) -> SpanMap:
     if mode == "linear":
         return linear_spans(len(teacher_ends), len(student_ends))
+    if mode == "nearest":
+        return nearest_spans(len(teacher_ends), len(student_ends))
     return overlap_spans(teacher_starts, teacher_ends, student_starts, student_ends, last_only=mode == "last")
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.align import resample_kv_with_interpolation
-from pipeline.align.spans import SpanMap, TokenBytes, align_sample, align_tokens, linear_spans
+from pipeline.align import build_safe_linear_indices, resample_kv_with_interpolation, safe_time_resample
+from pipeline.align.spans import SpanMap, TokenBytes, align_sample, align_tokens, linear_spans, nearest_spans
 from tests.checkpoints import byte_tokenizer
 
 ODD = [
@@ -246,6 +246,14 @@ def test_rows_are_weighted_means_with_gradients_and_zero_without_a_counterpart()
     assert x.grad is not None
     assert x.grad[2].abs().sum() == 0
     assert (spans.kept.tolist(), spans.coverage) == ([True, False, True], pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(("num_teacher", "num_student"), [(1, 4), (5, 1), (7, 7), (5, 12), (12, 5)])
+def test_nearest_spans_are_nearest_resampling(num_teacher: int, num_student: int) -> None:
+    x = torch.randn(num_teacher, 2, 3, generator=torch.Generator().manual_seed(0))
+    indices = build_safe_linear_indices(1, num_teacher, num_student)
+    expected = safe_time_resample(x.transpose(0, 1)[None], indices)[0].transpose(0, 1)
+    assert torch.equal(nearest_spans(num_teacher, num_student).apply(x), expected)
 
 
 @pytest.mark.parametrize(("num_teacher", "num_student"), [(1, 4), (5, 1), (7, 7), (5, 12), (12, 5), (13, 4)])
