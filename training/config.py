@@ -78,6 +78,15 @@ class TrainConfig(BaseModel):
     """Steps between checkpoints; the newest two are kept."""
     log_every: Positive = 10
     """Steps averaged in one line of metrics.jsonl."""
+    mix: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = {}
+    """Other stores to draw from as well, each with its share of the samples; the rest is drawn from `store`. Shares are kept in every
+    stretch of the run; a store that is drawn more often than it has samples goes round again. All must hold the same layers of one teacher."""
+    shuffle: Literal["windowed", "global", "none"] = "windowed"
+    """How samples are ordered: shards permuted and their samples within windows, all samples at once, or as they lie."""
+    tail: Literal["drop", "pad", "short"] = "drop"
+    """Samples that fill no whole batch at the end of an epoch: left out, filled up with samples of weight 0, or a smaller batch."""
+    balance_tokens: bool = False
+    """Share the samples of each batch out so that ranks and micro-batches have about as many tokens; the batch stays the same."""
     shuffle_window_bytes: Positive = 64 * 2**30
     """Decoded bytes of whole shards among which samples are shuffled; costs no memory, only locality of the reads."""
 
@@ -107,6 +116,12 @@ class TrainConfig(BaseModel):
         if self.adapter != "none" and (self.kv_loss == "relation" or self.kv_steps == 0):
             reason = "no KV loss" if self.kv_steps == 0 else "kv_loss relation, which compares unlike geometries as they are"
             raise ValueError(f"adapter: got {self.adapter} with {reason}, expected none there")
+        if sum(self.mix.values()) >= 1:
+            raise ValueError(
+                f"mix: got shares {self.mix} that add up to {sum(self.mix.values())}, expected less than 1: the rest is {self.store}'s"
+            )
+        if self.store in self.mix:
+            raise ValueError(f"mix: got {self.store}, which is the store itself, expected others")
         if self.shuffle_targets and self.batch_size == 1:
             raise ValueError("shuffle_targets: a batch of 1 has no other sample; set batch_size to 2 or more")
         return self

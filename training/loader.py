@@ -15,8 +15,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kvstore.reader import KVBatch, Store, TokenBatch
+from kvstore.reader import KVBatch, TokenBatch
 from training.losses import IGNORED
+from training.mixture import Readable
 from training.sampler import SampleBatch
 
 
@@ -55,7 +56,7 @@ class KVDataset(Dataset[ReadBatch]):
     Pickles as the store's path: a worker process opens its own. Read by one thread at a time.
     """
 
-    def __init__(self, store: Store, layers: Sequence[int]) -> None:
+    def __init__(self, store: Readable, layers: Sequence[int]) -> None:
         """Wrap a store.
 
         Args:

@@ -45,6 +45,8 @@ class TrainSummary(BaseModel):
     num_train_samples: int
     num_dropped_samples: int
     """Training samples each epoch leaves out because they fill no whole batch."""
+    num_padded_samples: int
+    """Samples of weight 0 that fill the last batch of each epoch."""
     num_held_out_samples: int
     peak_rss_bytes: int
     """Largest memory of this process."""

@@ -1,4 +1,4 @@
-"""Which samples are trained on, in which order, and which are held out: pure functions of the store's sample table.
+"""Which samples make a batch, and which are held out: pure functions of the store's sample table.
 
 Numpy only: no torch, no files. Every stored sample is seen once per epoch; how often the data had it is its weight.
 """
@@ -6,21 +6,18 @@ Numpy only: no torch, no files. Every stored sample is seen once per epoch; how 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Int64
 
+from training.order import Shuffle, epoch_order, mixed_order
 
-def permutation(n: int, *key: object) -> Int64[np.ndarray, "n"]:
-    """Permute 0..n-1 by a key, the same on every machine and numpy version.
-
-    Only a bit generator's raw output is frozen by numpy (NEP 19); `Generator.permutation` may change.
-    """
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
-    return np.argsort(generator.random_raw(n), kind="stable").astype(np.int64)
+Tail = Literal["drop", "pad", "short"]
+"""What becomes of samples that fill no whole global batch: left out; filled up with samples of weight 0; or a smaller batch, filled up
+only so far that no micro-batch is empty."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,45 +34,19 @@ class SampleTable:
     """Tokens that are predicted: those to be learnt from, but never the first of a sample."""
     compared: Int64[np.ndarray, "sample"]
     """Tokens whose keys and values are compared: those to be learnt from that have some and are no attention sinks."""
+    store: Int[np.ndarray, "sample"] | None = None
+    """Number of its store, where there are several."""
 
     def __len__(self) -> int:
         return len(self.index)
 
     def select(self, rows: Int64[np.ndarray, "chosen"]) -> SampleTable:
         """Some of the samples."""
-        return SampleTable(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
-
-
-def epoch_order(
-    shard: Int[np.ndarray, "sample"],
-    num_tokens: Int[np.ndarray, "sample"],
-    *,
-    seed: int,
-    epoch: int,
-    window_tokens: int,
-) -> Int64[np.ndarray, "sample"]:
-    """Order the samples of one epoch: shards permuted, then samples permuted inside windows of whole shards.
-
-    Args:
-        window_tokens: a window takes shards until it has this many tokens; one shard at least.
-    """
-    if len(shard) == 0:
-        return np.zeros(0, dtype=np.int64)
-    by_shard = np.argsort(shard, kind="stable").astype(np.int64)
-    _, starts = np.unique(shard[by_shard], return_index=True)
-    members = np.split(by_shard, starts[1:])
-    windows: list[list[np.ndarray]] = [[]]
-    filled = 0
-    for index in permutation(len(members), seed, epoch, "shards"):
-        if filled >= window_tokens:
-            windows.append([])
-            filled = 0
-        windows[-1].append(members[index])
-        filled += int(num_tokens[members[index]].sum())
-    joined = [np.concatenate(window) for window in windows]
-    return np.concatenate(
-        [window[permutation(len(window), seed, epoch, "window", number)] for number, window in enumerate(joined)]
-    )
+        chosen: dict[str, Any] = {
+            field.name: None if (column := getattr(self, field.name)) is None else column[rows]
+            for field in dataclasses.fields(self)
+        }
+        return SampleTable(**chosen)
 
 
 def split_held_out(
@@ -165,6 +136,12 @@ class BatchPlan:
     """Steps, from the first on, that need keys and values."""
     shuffle_targets: bool = False
     """Compare every sample with the next one of its global batch: the control with wrong targets."""
+    shuffle: Shuffle = "windowed"
+    tail: Tail = "drop"
+    balance: bool = False
+    """Give every micro-batch about as many tokens, the same samples in every global batch."""
+    shares: tuple[float, ...] = ()
+    """How much of each store is drawn, by its number; empty draws every sample once."""
 
 
 def held_out_batches(table: SampleTable, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[SampleBatch]:
@@ -194,8 +171,8 @@ def _weights(count: Int[np.ndarray, "sample"]) -> list[int] | None:
 class KVBatchSampler:
     """Micro-batches of one rank: any number of ranks and any micro-batch size cut the same global batches.
 
-    Serves as `batch_sampler` of a torch DataLoader over a map-style dataset; batches are skipped without a read. Samples that
-    fill no whole global batch are dropped, others in each epoch; `dropped` says how many.
+    Serves as `batch_sampler` of a torch DataLoader over a map-style dataset; batches are skipped without a read. What becomes of
+    samples that fill no whole global batch is the plan's `tail`; `dropped` and `padded` say how many they are.
     """
 
     def __init__(
@@ -222,19 +199,20 @@ class KVBatchSampler:
                 f"batch_size: got {plan.batch_size}, expected a multiple of micro_batch_size x ranks = "
                 f"{self.batch_size} x {world_size}; change one of them"
             )
-        if len(table) < plan.batch_size:
+        if len(table) < plan.batch_size and (plan.tail == "drop" or len(table) == 0):
             raise ValueError(
                 f"batch_size: got {plan.batch_size}, but there are {len(table)} training samples; "
                 "lower --batch-size, hold out fewer with --set eval_fraction=0, or extract more data"
             )
-        self.drop_last = True
+        self.drop_last = plan.tail == "drop"
         self.epoch = 0
         self._table, self._plan, self._rank, self._world_size = table, plan, rank, world_size
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
-        return len(self._table) // self._plan.batch_size
+        whole, rest = divmod(len(self._table), self._plan.batch_size)
+        return whole + (rest > 0 and self._plan.tail != "drop")
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -244,7 +222,16 @@ class KVBatchSampler:
     @property
     def dropped(self) -> int:
         """Samples left out of each epoch because they fill no whole global batch."""
-        return len(self._table) % self._plan.batch_size
+        return len(self._table) % self._plan.batch_size if self._plan.tail == "drop" else 0
+
+    @property
+    def padded(self) -> int:
+        """Samples that come once more in each epoch, with weight 0, to fill its last batch."""
+        rest = len(self._table) % self._plan.batch_size
+        if rest == 0 or self._plan.tail == "drop":
+            return 0
+        wanted = self._plan.batch_size if self._plan.tail == "pad" else self.micro_batches_per_step * self._world_size
+        return max(wanted - rest, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch the next iteration yields."""
@@ -254,29 +241,68 @@ class KVBatchSampler:
         return self.steps_per_epoch * self.micro_batches_per_step
 
     def __iter__(self) -> Iterator[SampleBatch]:
-        plan = self._plan
-        order = epoch_order(
-            self._table.shard, self._table.num_tokens, seed=plan.seed, epoch=self.epoch, window_tokens=plan.window_tokens
-        )
-        for number in range(self.steps_per_epoch):
-            rows = order[number * plan.batch_size : (number + 1) * plan.batch_size]
-            yield from self._step(self.epoch * self.steps_per_epoch + number, rows)
+        return self.batches_from(0)
 
-    def _step(self, step: int, rows: Int64[np.ndarray, "sample"]) -> Iterator[SampleBatch]:
+    def batches_from(self, step: int) -> Iterator[SampleBatch]:
+        """This epoch's batches from one of its steps on."""
+        plan = self._plan
+        order = self._order(self.epoch)
+        for number in range(step, self.steps_per_epoch):
+            rows = order[number * plan.batch_size : (number + 1) * plan.batch_size]
+            yield from self._step(self.epoch * self.steps_per_epoch + number, rows, order)
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, "sample"]:
+        plan, table = self._plan, self._table
+        if not plan.shares:
+            return self._order_of(np.arange(len(table)), epoch)
+        assert table.store is not None, "shares are of several stores"
+        members = [np.flatnonzero(table.store == number) for number in range(len(plan.shares))]
+        orders = [(len(rows), functools.partial(self._order_of, rows)) for rows in members]
+        return mixed_order(orders, plan.shares, total=len(table), epoch=epoch)
+
+    def _order_of(self, rows: Int64[np.ndarray, "sample"], epoch: int) -> Int64[np.ndarray, "sample"]:
+        plan, table = self._plan, self._table
+        shard, num_tokens = table.shard[rows], table.num_tokens[rows]
+        how: Any = {"seed": plan.seed, "epoch": epoch, "window_tokens": plan.window_tokens, "shuffle": plan.shuffle}
+        ordered: np.ndarray = rows[epoch_order(shard, num_tokens, **how)]
+        return ordered
+
+    def _step(self, step: int, rows: Int64[np.ndarray, "row"], order: Int64[np.ndarray, "sample"]) -> Iterator[SampleBatch]:
         """This rank's micro-batches of one global batch."""
         plan, table = self._plan, self._table
         targets = np.roll(rows, -1) if plan.shuffle_targets else rows
         count, predicted = table.count[rows].astype(np.int64), table.predicted[rows]
         compared = np.minimum(table.compared[rows], table.compared[targets])
+        num_predicted, num_computed, num_targets = ((count * predicted).sum(), predicted.sum(), (count * compared).sum())
+        if len(rows) < plan.batch_size:
+            extra = np.resize(order, self.padded)
+            rows, targets = np.concatenate([rows, extra]), np.concatenate([targets, extra])
+            count = np.concatenate([count, np.zeros(len(extra), dtype=np.int64)])
         with_kv = step < plan.kv_steps
-        for first in range(self._rank * self.batch_size, plan.batch_size, self._world_size * self.batch_size):
-            micro = slice(first, first + self.batch_size)
+        for micro in self._cut(table.num_tokens[rows], step)[self._rank :: self._world_size]:
             yield SampleBatch(
                 table.index[rows[micro]].tolist(),
                 step=step,
-                num_predicted=int((count * predicted).sum()),
+                num_predicted=int(num_predicted),
                 targets=table.index[targets[micro]].tolist() if with_kv else None,
-                num_targets=int((count * compared).sum()) if with_kv else 0,
-                num_computed=int(predicted.sum()),
+                num_targets=int(num_targets) if with_kv else 0,
+                num_computed=int(num_computed),
                 weights=_weights(count[micro]),
             )
+
+    def _cut(self, num_tokens: Int[np.ndarray, "sample"], step: int) -> list[Int64[np.ndarray, "micro"]]:
+        """Places of a global batch in each micro-batch of every rank, ranks taking turns."""
+        places = np.arange(len(num_tokens))
+        slots = self.micro_batches_per_step * self._world_size
+        if not self._plan.balance:
+            return np.array_split(places, slots)
+        room = np.array([len(part) for part in np.array_split(places, slots)])
+        filled = np.zeros(slots, dtype=np.int64)
+        members: list[list[int]] = [[] for _ in range(slots)]
+        for place in np.argsort(-num_tokens, kind="stable").tolist():
+            slot = min(np.flatnonzero(room).tolist(), key=lambda at: (filled[at], at))
+            members[slot].append(place)
+            filled[slot] += num_tokens[place]
+            room[slot] -= 1
+        # Whoever gets the longest sample would always be the same rank.
+        return [np.array(sorted(members[(slot + step) % slots]), dtype=np.int64) for slot in range(slots)]

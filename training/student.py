@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvstore.reader import Store
 from pipeline.models.load import build_student, load_tokenizer
+from training.mixture import Readable
 
 
-def store_tokenizer(store: Store) -> PreTrainedTokenizerBase:
+def store_tokenizer(store: Readable) -> PreTrainedTokenizerBase:
     """The tokenizer the store's token ids belong to.
 
     Raises:
@@ -27,7 +27,7 @@ def store_tokenizer(store: Store) -> PreTrainedTokenizerBase:
 
 
 def prepare_student(
-    name: str, store: Store, tokenizer: PreTrainedTokenizerBase, seed: int, lora_rank: int | None = None
+    name: str, store: Readable, tokenizer: PreTrainedTokenizerBase, seed: int, lora_rank: int | None = None
 ) -> PreTrainedModel:
     """Build the student in float32 and make sure it can read every sample of the store.
 

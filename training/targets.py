@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from kvstore.reader import Store
 from kvstore.spec import KVSpec, RopeSpec, format_layers, parse_layers
 from pipeline.align import Alignment
 from training.loader import KVDataset
+from training.mixture import Readable
 from training.sampler import SampleBatch
 
 VARIANCE_TOKENS = 32_768
@@ -28,7 +28,7 @@ KeyValue = tuple[Float[Tensor, "row _ _"], Float[Tensor, "row _ _"]]
 """Keys and values of one layer, `[row, kv_head, dim]`."""
 
 
-def plan_alignment(store: Store, student: KVSpec, *, layer_map: str, layers: str) -> Alignment:
+def plan_alignment(store: Readable, student: KVSpec, *, layer_map: str, layers: str) -> Alignment:
     """Map a student's layers to what the store holds: the store's own map where it was made for this student, else a new one.
 
     Args:
@@ -155,7 +155,7 @@ def unstack(
 
 
 def measure_variances(
-    store: Store, targets: KVTargets, *, sink_tokens: int, num_tokens: int = VARIANCE_TOKENS
+    store: Readable, targets: KVTargets, *, sink_tokens: int, num_tokens: int = VARIANCE_TOKENS
 ) -> Float64[np.ndarray, "layer 2"]:
     """Mean over channels of the variance about the channel's mean, of every layer's target keys and values.
 

@@ -21,7 +21,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kvstore.errors import ShardNotCommittedError
-from kvstore.reader import Store, open_store
 from kvstore.spec import format_layers
 from pipeline.models.probe import probe_kv_spec
 from training.adapters import NAME as ADAPTERS
@@ -29,6 +28,7 @@ from training.adapters import KVAdapters
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
 from training.loader import KVCollator, KVDataset
+from training.mixture import Mixture, Readable, fingerprint_of, open_stores, stores_of
 from training.report import plot_runs
 from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
 from training.sampler import BatchPlan, KVBatchSampler, SampleTable, held_out_batches, split_held_out
@@ -52,26 +52,27 @@ def run_training(config: TrainConfig, say: Callable[[str], None] = lambda text: 
         KVStoreError: the store is missing, empty or damaged.
     """
     folder = RunFolder(config.out)
-    store = open_store(config.store)
+    store = open_stores(config.store, tuple(config.mix))
     if _is_main():
         folder.refuse_unless_resuming(config.resume)
     finished = folder.summary()
     if finished is not None:
         folder.refuse_other(_identity(config, store, None), ("store", "samples", "config"))
         return finished
-    committed, planned = len(store.samples.summary), store.manifest.layout.num_shards
-    if len(store) == 0:
-        raise ShardNotCommittedError(
-            f"store: {store.location} has no samples yet, {committed} of {planned} shards are committed; run its 'kvpipe extract' "
-            "command again"
-        )
-    if committed < planned and _is_main():
-        say(f"store: {committed} of {planned} shards of {store.location} are committed; training on what is there")
+    for each in stores_of(store):
+        committed, planned = len(each.samples.summary), each.manifest.layout.num_shards
+        if len(each) == 0:
+            raise ShardNotCommittedError(
+                f"store: {each.location} has no samples yet, {committed} of {planned} shards are committed; run its 'kvpipe extract' "
+                "command again"
+            )
+        if committed < planned and _is_main():
+            say(f"store: {committed} of {planned} shards of {each.location} are committed; training on what is there")
     with _threads(config.threads):
         return _train(config, folder, store)
 
 
-def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary:
+def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSummary:
     tokenizer = store_tokenizer(store)
     model = prepare_student(config.student, store, tokenizer, config.seed, config.lora_rank)
     objective = _plan_objective(config, store, model, folder)
@@ -106,7 +107,7 @@ def _train(config: TrainConfig, folder: RunFolder, store: Store) -> TrainSummary
     return summary
 
 
-def _plan_objective(config: TrainConfig, store: Store, model: PreTrainedModel, folder: RunFolder) -> KVObjective | None:
+def _plan_objective(config: TrainConfig, store: Readable, model: PreTrainedModel, folder: RunFolder) -> KVObjective | None:
     """The KV term for this student, None where no step of the run has one."""
     if config.kv_steps == 0:
         return None
@@ -114,7 +115,7 @@ def _plan_objective(config: TrainConfig, store: Store, model: PreTrainedModel, f
     alignment = plan_alignment(store, spec, layer_map=config.layer_map, layers=config.layers)
     targets = KVTargets(alignment, as_they_are=config.adapter != "none" or config.kv_loss == "relation")
     recorded = folder.recorded() or {}
-    known = recorded.get("store") == store.manifest.fingerprint and recorded.get("alignment") == to_plain(alignment.to_json())
+    known = recorded.get("store") == fingerprint_of(store) and recorded.get("alignment") == to_plain(alignment.to_json())
     variances = recorded["variances"] if known else measure_variances(store, targets, sink_tokens=config.sink_tokens).tolist()
     return KVObjective(
         spec=spec,
@@ -126,7 +127,7 @@ def _plan_objective(config: TrainConfig, store: Store, model: PreTrainedModel, f
 
 
 def _plan_data(
-    config: TrainConfig, store: Store, tokenizer: PreTrainedTokenizerBase, objective: KVObjective | None
+    config: TrainConfig, store: Readable, tokenizer: PreTrainedTokenizerBase, objective: KVObjective | None
 ) -> TrainData:
     """Split the store and plan this rank's batches."""
     samples = store.samples
@@ -137,6 +138,7 @@ def _plan_data(
         samples.count,
         predicted=store.count_learnt(1),
         compared=store.count_compared(config.sink_tokens),
+        store=store.samples.store if isinstance(store, Mixture) else None,
     )
     train, held_out = (
         table.select(chosen)
@@ -160,11 +162,17 @@ def _plan_data(
         window_tokens=max(config.shuffle_window_bytes // (4 * store.spec.values_per_token), 1),
         kv_steps=config.kv_steps,
         shuffle_targets=config.shuffle_targets,
+        shuffle=config.shuffle,
+        tail=config.tail,
+        balance=config.balance_tokens,
+        shares=(1.0 - sum(config.mix.values()), *config.mix.values()) if config.mix else (),
     )
     rank, world_size = _rank()
     batches = KVBatchSampler(train, plan, micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size)
     if batches.dropped:
         log.info("%d of %d training samples fill no whole batch and are left out of each epoch", batches.dropped, len(train))
+    if batches.padded:
+        log.info("%d samples of weight 0 fill the last batch of each epoch", batches.padded)
     return TrainData(
         dataset=KVDataset(store, () if objective is None else objective.targets.alignment.teacher_layers),
         batches=batches,
@@ -177,7 +185,7 @@ def _plan_data(
     )
 
 
-def _predicted_runs(store: Store, table: SampleTable) -> Iterator[tuple[list[int], int]]:
+def _predicted_runs(store: Readable, table: SampleTable) -> Iterator[tuple[list[int], int]]:
     """Runs of predicted tokens, each after the token before it, with the weights of their samples; a few samples read at a time."""
     for first in range(0, len(table), _SAMPLES_PER_READ):
         rows = slice(first, first + _SAMPLES_PER_READ)
@@ -190,7 +198,7 @@ def _predicted_runs(store: Store, table: SampleTable) -> Iterator[tuple[list[int
                 yield read.input_ids[start + begin - 1 : start + stop].tolist(), weight
 
 
-def _begin(config: TrainConfig, folder: RunFolder, store: Store, objective: KVObjective | None) -> Path | None:
+def _begin(config: TrainConfig, folder: RunFolder, store: Readable, objective: KVObjective | None) -> Path | None:
     """Start or continue the run's folder: the checkpoint to continue from, None to start at step 0."""
     if not _is_main():
         return folder.last_checkpoint()
@@ -200,11 +208,11 @@ def _begin(config: TrainConfig, folder: RunFolder, store: Store, objective: KVOb
     return checkpoint
 
 
-def _identity(config: TrainConfig, store: Store, objective: KVObjective | None) -> dict[str, Any]:
+def _identity(config: TrainConfig, store: Readable, objective: KVObjective | None) -> dict[str, Any]:
     """Everything the numbers of a run follow from, as JSON."""
     return to_plain(
         {
-            "store": store.manifest.fingerprint,
+            "store": fingerprint_of(store),
             "samples": _samples_identity(store),
             "config": config.model_dump(mode="json", exclude=set(FREE_FIELDS)),
             "alignment": None if objective is None else objective.targets.alignment.to_json(),
@@ -213,13 +221,13 @@ def _identity(config: TrainConfig, store: Store, objective: KVObjective | None) 
     )
 
 
-def _samples_identity(store: Store) -> dict[str, Any]:
+def _samples_identity(store: Readable) -> dict[str, Any]:
     """What of the store's plan is there to train on: a store may grow while it is extracted."""
     digest = hashlib.sha256(store.samples.count.astype("<i8").tobytes())
     for identity in store.samples.ids:
         digest.update(identity.encode())
     return {
-        "shards": format_layers(store.samples.summary["shard"].to_pylist()),
+        "shards": "; ".join(format_layers(each.samples.summary["shard"].to_pylist()) for each in stores_of(store)),
         "num_samples": len(store),
         "sha256": digest.hexdigest(),
     }
@@ -263,7 +271,7 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
     return arguments
 
 
-def _summarise(config: TrainConfig, store: Store, data: TrainData, trainer: KVDistillTrainer) -> TrainSummary:
+def _summarise(config: TrainConfig, store: Readable, data: TrainData, trainer: KVDistillTrainer) -> TrainSummary:
     history = trainer.state.log_history
     held_out: dict[str, Any] = next((record for record in reversed(history) if "eval_loss" in record), {})
     meter = trainer.meter.read()
@@ -277,10 +285,11 @@ def _summarise(config: TrainConfig, store: Store, data: TrainData, trainer: KVDi
         eval_nats_per_byte=held_out.get("eval_nats_per_byte"),
         num_train_samples=data.num_train,
         num_dropped_samples=data.batches.dropped,
+        num_padded_samples=data.batches.padded,
         num_held_out_samples=data.num_held_out,
         peak_rss_bytes=int(meter["peak_rss_bytes"]),
         peak_device_bytes=torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
-        store_fingerprint=store.manifest.fingerprint,
+        store_fingerprint=fingerprint_of(store),
         config=config,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import pickle
@@ -13,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.order import Shuffle, epoch_order, largest_remainder, mixed_order, permutation
 from training.sampler import (
     BatchPlan,
     KVBatchSampler,
     SampleBatch,
     SampleTable,
-    epoch_order,
+    Tail,
     held_out_batches,
-    permutation,
     split_held_out,
 )
 
@@ -287,3 +288,159 @@ def test_nothing_is_held_out_when_nothing_is_asked_for() -> None:
 def test_holding_out_of_a_single_sample_is_refused() -> None:
     with pytest.raises(ValueError, match=r"eval_fraction: got 0\.1, but the store has 1 sample.*--set eval_fraction=0"):
         split_held_out(ids_of(1), ["a"], np.array([5]), fraction=0.1, max_tokens=10)
+
+
+# ---- order, tails, balance and mixtures
+
+
+@given(num_samples=st.integers(0, 50), per_shard=st.integers(1, 9), shuffle=st.sampled_from(["windowed", "global", "none"]))
+@settings(deadline=None, max_examples=50)
+def test_every_way_of_shuffling_has_every_sample_once(num_samples: int, per_shard: int, shuffle: Shuffle) -> None:
+    samples = table(num_samples, per_shard)
+    order = epoch_order(samples.shard, samples.num_tokens, seed=1, epoch=0, window_tokens=60, shuffle=shuffle)
+    assert sorted(order.tolist()) == list(range(num_samples))
+    if shuffle == "none":
+        assert order.tolist() == sorted(order.tolist())
+
+
+def windowed_by_loop(shard: np.ndarray, num_tokens: np.ndarray, seed: int, epoch: int, window_tokens: int) -> list[int]:
+    """The rule as it is written down: shards permuted, windows filled one by one, samples permuted inside."""
+    numbers = sorted(set(shard.tolist()))
+    members = [np.flatnonzero(shard == number) for number in numbers]
+    windows: list[list[int]] = [[]]
+    filled = 0
+    for place in permutation(len(members), seed, epoch, "shards"):
+        if filled >= window_tokens:
+            windows.append([])
+            filled = 0
+        windows[-1].extend(members[place].tolist())
+        filled += int(num_tokens[members[place]].sum())
+    return [
+        window[place]
+        for number, window in enumerate(windows)
+        for place in permutation(len(window), seed, epoch, "window", number).tolist()
+    ]
+
+
+@given(num_samples=st.integers(1, 60), per_shard=st.integers(1, 9), window_tokens=st.integers(1, 400), seed=st.integers(0, 9))
+@settings(deadline=None, max_examples=100)
+def test_the_windowed_order_is_the_one_written_out(num_samples: int, per_shard: int, window_tokens: int, seed: int) -> None:
+    samples = table(num_samples, per_shard, seed)
+    found = epoch_order(samples.shard, samples.num_tokens, seed=seed, epoch=1, window_tokens=window_tokens)
+    assert found.tolist() == windowed_by_loop(samples.shard, samples.num_tokens, seed, 1, window_tokens)
+
+
+def cut(samples: SampleTable, world_size: int, micro: int, epoch: int = 0, **over: Any) -> list[list[tuple[int, int]]]:
+    """Global batches as (sample, weight) by step, in the order of the ranks' micro-batches; and that all ranks have as many."""
+    plan = BatchPlan(**{"batch_size": 8, "seed": 3, "window_tokens": 60, "kv_steps": 99, **over})
+    ranks = []
+    for rank in range(world_size):
+        sampler = KVBatchSampler(samples, plan, micro_batch_size=micro, rank=rank, world_size=world_size)
+        sampler.set_epoch(epoch)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler)
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for batches in zip(*ranks, strict=True):
+        assert len({(batch.step, batch.num_predicted, batch.num_targets, batch.num_computed) for batch in batches}) == 1
+        for batch in batches:
+            assert batch, "no micro-batch is empty"
+            weights = batch.weights or [1] * len(batch)
+            steps.setdefault(batch.step, []).extend(zip(batch, weights, strict=True))
+    return list(steps.values())
+
+
+@given(
+    num_samples=st.integers(1, 50),
+    tail=st.sampled_from(["drop", "pad", "short"]),
+    shape=st.sampled_from([(1, 8), (2, 2), (4, 1), (1, 2), (8, 1), (2, 4)]),
+)
+@settings(deadline=None, max_examples=80)
+def test_tails_are_dropped_padded_with_weight_0_or_short_and_counted(
+    num_samples: int, tail: Tail, shape: tuple[int, int]
+) -> None:
+    samples = dataclasses.replace(table(num_samples), count=np.ones(num_samples, dtype=np.int64))
+    world_size, micro = shape
+    if tail == "drop" and num_samples < 8:
+        return
+    steps = cut(samples, world_size, micro, tail=tail)
+    plan = BatchPlan(batch_size=8, seed=3, window_tokens=60, kv_steps=99, tail=tail)
+    sampler = KVBatchSampler(samples, plan, micro_batch_size=micro, world_size=world_size)
+    drawn = [pair for step in steps for pair in step]
+    real = [index for index, weight in drawn if weight]
+    assert len(set(real)) == len(real) == num_samples - sampler.dropped
+    assert len(drawn) - len(real) == sampler.padded
+    assert all(len(step) == 8 for step in steps[:-1])
+    if tail != "short":
+        assert len(steps[-1]) == 8
+    else:
+        assert len(steps[-1]) == max(num_samples % 8 or 8, world_size * (8 // micro // world_size))
+
+
+def test_a_padded_step_counts_only_what_is_real() -> None:
+    samples = table(11)
+    plan = BatchPlan(batch_size=8, seed=3, window_tokens=60, kv_steps=99, tail="pad")
+    (last,) = [batch for batch in KVBatchSampler(samples, plan) if batch.step == 1]
+    real = [index for index, weight in zip(last, last.weights or (), strict=True) if weight]
+    rows = (np.array(real) - 100) // 3
+    assert len(real) == 3
+    assert last.num_computed == samples.predicted[rows].sum()
+    assert last.num_predicted == (samples.count * samples.predicted)[rows].sum()
+    assert last.num_targets == (samples.count * samples.compared)[rows].sum()
+
+
+@given(num_samples=st.integers(16, 60), seed=st.integers(0, 5), shape=st.sampled_from([(1, 2), (2, 2), (4, 1), (4, 2)]))
+@settings(deadline=None, max_examples=40)
+def test_balancing_keeps_the_samples_of_every_global_batch_and_evens_out_tokens(
+    num_samples: int, seed: int, shape: tuple[int, int]
+) -> None:
+    samples, (world_size, micro) = table(num_samples, seed=seed), shape
+    plain, even = (cut(samples, world_size, micro, balance=balance) for balance in (False, True))
+    assert [sorted(step) for step in plain] == [sorted(step) for step in even]
+
+    def largest(steps: list[list[tuple[int, int]]]) -> int:
+        tokens = [[int(samples.num_tokens[(index - 100) // 3]) for index, _ in step] for step in steps]
+        return sum(max(sum(step[first : first + micro]) for first in range(0, 8, micro)) for step in tokens)
+
+    assert largest(even) <= largest(plain)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.05, 1), min_size=4, max_size=4),
+    total=st.integers(1, 80),
+    epochs=st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=80)
+def test_mixtures_have_their_proportions_in_every_prefix_and_go_round_each_source(
+    sizes: list[int], weights: list[float], total: int, epochs: int
+) -> None:
+    shares = weights[: len(sizes)]
+    firsts = np.concatenate([[0], np.cumsum(sizes)])
+    orders = [
+        (size, lambda epoch, size=size, first=first: first + permutation(size, "source", int(first), epoch))
+        for size, first in zip(sizes, firsts, strict=False)
+    ]
+    counts = largest_remainder(shares, total)
+    assert sum(counts) == total
+    everything: list[int] = []
+    for epoch in range(epochs):
+        order = mixed_order(orders, shares, total=total, epoch=epoch)  # type: ignore[arg-type]
+        sources = np.searchsorted(firsts, order, side="right") - 1
+        for source, count in enumerate(counts):
+            have = np.cumsum(sources == source)
+            assert have[-1] == count
+            assert (np.abs(have - count * np.arange(1, total + 1) / total) <= 1).all()
+        everything += order.tolist()
+    for size, first in zip(sizes, firsts, strict=False):
+        drawn = [index for index in everything if first <= index < first + size]
+        often = np.bincount(np.array(drawn, dtype=np.int64) - first, minlength=size)
+        assert often.max() - often.min() <= 1, "each source is gone through evenly, over epochs too"
+
+
+def test_a_mixture_is_cut_alike_for_all_ranks_and_draws_its_shares() -> None:
+    samples = dataclasses.replace(table(40), store=np.arange(40) // 30)
+    one, four = (cut(samples, *shape, shares=(1.0, 1.0)) for shape in ((1, 8), (4, 2)))
+    assert one == four
+    for step in one:
+        stores = [samples.store[(index - 100) // 3] for index, _ in step]  # type: ignore[index]
+        assert stores.count(0) == stores.count(1) == 4

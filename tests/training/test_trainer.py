@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvstore.errors import CorruptShardError
+from kvstore.errors import CorruptShardError, FingerprintMismatchError
 from kvstore.reader import KVBatch, Store, open_store
 from kvstore.samples import SampleTable as SampleColumns
 from pipeline.align import Alignment
@@ -29,6 +30,7 @@ from tests.stores import Source, begin_store, write_shard, write_store
 from tests.training.conftest import make_texts, teacher_source
 from tests.training.test_targets import bake
 from training.config import TrainConfig
+from training.mixture import Mixture
 from training.report import METRICS, read_metrics
 from training.run_folder import TrainSummary
 from training.sampler import BatchPlan, KVBatchSampler, SampleTable, split_held_out
@@ -585,3 +587,83 @@ def test_reading_in_worker_processes_changes_nothing(
 ) -> None:
     other = run_training(settings(store_path, student, tmp_path / "run", workers=2))
     assert metrics(other.out) == metrics(plain.out)
+
+
+# ---- mixtures and tails
+
+
+@pytest.fixture(scope="module")
+def other_store(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """Other texts of the same teacher, in another codec."""
+    source = teacher_source(make_texts(10, seed=9))
+    return write_store(tmp_path_factory.mktemp("other") / "kv", source, codec="q8", tokenizer=tokenizer_folder)
+
+
+def test_a_mixture_reads_as_its_stores_do_in_any_order(store_path: Path, other_store: Path) -> None:
+    mixture, first, second = Mixture([str(store_path), str(other_store)]), open_store(store_path), open_store(other_store)
+    wanted = [50, 3, 44, 3, 53, 0]
+    read = mixture.read(wanted, layers=[1, 3])
+    for place, index in enumerate(wanted):
+        own = (first, index) if index < 44 else (second, index - 44)
+        expected = own[0].read([own[1]], layers=[1, 3])
+        span = slice(read.cu_seqlens[place], read.cu_seqlens[place + 1])
+        np.testing.assert_array_equal(read.input_ids[span], expected.input_ids)
+        np.testing.assert_array_equal(read.key[:, span], expected.key)
+        np.testing.assert_array_equal(read.value[:, span], expected.value)
+    again = pickle.loads(pickle.dumps(mixture)).read(wanted, layers=[1, 3])
+    np.testing.assert_array_equal(again.key, read.key)
+
+
+def test_a_run_on_a_mixture_draws_shares_and_resumes(
+    store_path: Path, other_store: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+    genuine = Mixture.read
+
+    def read(mixture: Mixture, sample_indices: Sequence[int], layers: Sequence[int] | None = None) -> KVBatch:
+        if layers != () and len(sample_indices) == 8:
+            drawn.append([int(index) for index in sample_indices])
+        return genuine(mixture, sample_indices, layers)
+
+    monkeypatch.setattr(Mixture, "read", read)
+    over: dict[str, Any] = {"mix": {str(other_store): 0.25}, "tail": "pad", "balance_tokens": True, "kv_until": 1.0}
+    straight = run_training(settings(store_path, student, tmp_path / "straight", **over))
+    batches = [batch for batch in drawn if len(batch) == 8][-STEPS:]
+    assert sum(index >= 44 for batch in batches[:5] for index in batch) in (9, 10, 11), "a quarter of forty"
+    broken = settings(store_path, student, tmp_path / "broken", save_every=3, **over)
+    with monkeypatch.context() as patch:
+        calls = iter(range(10**6))
+
+        def failing(mixture: Mixture, sample_indices: Sequence[int], layers: Sequence[int] | None = None) -> KVBatch:
+            if layers != () and len(sample_indices) == 8 and next(calls) == 4:
+                raise CorruptShardError("shard 1: injected")
+            return genuine(mixture, sample_indices, layers)
+
+        patch.setattr(Mixture, "read", failing)
+        with pytest.raises(CorruptShardError, match="injected"):
+            run_training(broken)
+    resumed = run_training(broken.model_copy(update={"resume": True}))
+    assert metrics(resumed.out) == metrics(straight.out)
+    assert weights(resumed.out) == weights(straight.out)
+
+
+def test_stores_of_other_teachers_are_not_mixed(store_path: Path, student: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    stranger = teacher_source(make_texts(10), seed=5)
+    other = write_store(tmp_path / "other", stranger, codec="raw", tokenizer=tokenizer_folder, signal={"weights": "others"})
+    with pytest.raises(FingerprintMismatchError, match=r"mix: .*other differs from .* in weights"):
+        run_training(settings(store_path, student, tmp_path / "run", mix={str(other): 0.5}))
+    with pytest.raises(ValueError, match=r"mix: got shares .* that add up to 1.1, expected less than 1"):
+        settings(store_path, student, tmp_path / "run", mix={"a": 0.5, "b": 0.6})
+
+
+def test_a_padded_tail_has_the_loss_of_what_is_real(store_path: Path, student: str, tmp_path: Path) -> None:
+    """Of 42 samples the sixth step has two: padded to eight, or short, its loss is the same."""
+    over: dict[str, Any] = {"steps": 6, "kv_until": 1.0}
+    padded, short = (
+        run_training(settings(store_path, student, tmp_path / tail, tail=tail, **over)) for tail in ("pad", "short")
+    )
+    assert (padded.num_padded_samples, short.num_padded_samples) == (6, 0)
+    assert padded.num_dropped_samples == 0
+    for name in ("ce", "kv_loss"):
+        assert logged(padded.out, name) == pytest.approx(logged(short.out, name), rel=1e-5)
+    assert padded.tokens == short.tokens

@@ -1,0 +1,98 @@
+"""In which order samples come: pure functions of a seed, an epoch and where samples lie; the same on every machine.
+
+Numpy only, and of its random numbers only what it promises never to change. Knows no batches, no ranks, no files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+Shuffle = Literal["windowed", "global", "none"]
+EpochOf = Callable[[int], Int64[np.ndarray, "sample"]]
+
+
+def permutation(n: int, *key: object) -> Int64[np.ndarray, "n"]:
+    """Permute 0..n-1 by a key, the same on every machine and numpy version.
+
+    Only a bit generator's raw output is frozen by numpy (NEP 19); `Generator.permutation` may change.
+    """
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    return np.argsort(generator.random_raw(n), kind="stable").astype(np.int64)
+
+
+def epoch_order(
+    shard: Int[np.ndarray, "sample"],
+    num_tokens: Int[np.ndarray, "sample"],
+    *,
+    seed: int,
+    epoch: int,
+    window_tokens: int,
+    shuffle: Shuffle = "windowed",
+) -> Int64[np.ndarray, "sample"]:
+    """Order the samples of one epoch: shards permuted, then samples permuted inside windows of whole shards.
+
+    Args:
+        window_tokens: a window takes shards until it has this many tokens; one shard at least.
+        shuffle: `global` permutes all samples at once, `none` leaves them as they lie.
+    """
+    by_shard = np.argsort(shard, kind="stable")
+    if len(shard) == 0 or shuffle == "none":
+        return by_shard
+    if shuffle == "global":
+        return permutation(len(shard), seed, epoch, "global")
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(shard[by_shard])) + 1])
+    order = permutation(len(starts), seed, epoch, "shards")
+    # Windows are cut greedily along the permuted shards, by running sums: a loop over them alone, not over samples.
+    sizes = np.add.reduceat(num_tokens[by_shard].astype(np.int64), starts)[order]
+    window_of = np.empty(len(starts), dtype=np.int64)
+    number = filled = 0
+    for place, size in enumerate(sizes.tolist()):
+        if filled >= window_tokens:
+            number, filled = number + 1, 0
+        window_of[place] = number
+        filled += size
+    ends = np.append(starts[1:], len(shard))
+    lengths = (ends - starts)[order]
+    joined = np.repeat(starts[order] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths) + np.arange(len(shard))
+    members = by_shard[joined]
+    firsts = np.searchsorted(np.repeat(window_of, lengths), np.arange(number + 1))
+    windows = np.split(members, firsts[1:])
+    return np.concatenate([window[permutation(len(window), seed, epoch, "window", at)] for at, window in enumerate(windows)])
+
+
+def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that add up to `total` and are each within one of their share of it."""
+    exact = np.array(shares, dtype=np.float64) / sum(shares) * total
+    whole = np.floor(exact).astype(np.int64)
+    for place in np.argsort(-(exact - whole), kind="stable")[: total - int(whole.sum())]:
+        whole[place] += 1
+    return [int(number) for number in whole]
+
+
+def mixed_order(
+    orders: Sequence[tuple[int, EpochOf]], shares: Sequence[float], *, total: int, epoch: int
+) -> Int64[np.ndarray, "drawn"]:
+    """Draw `total` samples from several sources so that every prefix has the right proportions, each within one sample.
+
+    Each source goes through epochs of its own, one after the other, and goes on in the next epoch where it stopped: what is drawn more
+    often than it has samples is repeated evenly, what is drawn less often comes round later.
+
+    Args:
+        orders: of each source how many samples it has, and a function from its own epoch to their order.
+        shares: of each source, in any unit.
+    """
+    counts = largest_remainder(shares, total)
+    drawn, places = [], []
+    for (size, order_of), count in zip(orders, counts, strict=True):
+        numbers = np.arange(epoch * count, (epoch + 1) * count)
+        own_epochs = numbers // max(size, 1)
+        parts = [order_of(int(own))[numbers[own_epochs == own] % size] for own in np.unique(own_epochs)]
+        drawn.append(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+        places.append((np.arange(count) + 0.5) / max(count, 1))
+    return np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
