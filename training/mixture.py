@@ -12,6 +12,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
+from kvstore.arrays import TOKEN_ARRAYS
 from kvstore.errors import FingerprintMismatchError
 from kvstore.manifest import Manifest
 from kvstore.reader import KVBatch, Store, open_store
@@ -127,8 +128,7 @@ class Mixture:
             input_ids=np.empty(num_tokens, dtype=np.int32),
             cu_seqlens=cu_seqlens,
             beside={
-                # A store without a mask would have ones.
-                name: np.ones(num_tokens, dtype=np.uint8)
+                name: np.full(num_tokens, TOKEN_ARRAYS[name].default, dtype=np.uint8)
                 for name in sorted({name for part in parts.values() for name in part.beside})
             },
         )

@@ -1,0 +1,288 @@
+"""Batches of a store for a training loop of one's own: packed, decoded where the model is, read ahead, and resumed exactly.
+
+    loader = KVLoader(open_store("my-store"), batch_size=16, layers=[3, 7], device="cuda")
+    for batch in loader:
+        logits = model(**batch.padded()).logits
+        ...
+    state = loader.state_dict()  # after any batch; load_state_dict goes on with the next
+
+Codes cross to the device and are decoded there. Knows stores and the sampler; no model and no loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+
+from kvstore import codec
+from kvstore.calibration import channels_of
+from kvstore.codec import KINDS, Kind
+from kvstore.reader import CodeBatch, Store
+from kvstore.records import fingerprint
+from training.order import Shuffle
+from training.sampler import BatchPlan, KVBatchSampler, SampleBatch, SampleTable, Tail
+
+STATE_VERSION = 1
+PREFETCH_BYTES = 2**30
+"""Codes that are read, or being read, before they are asked for; one batch is always."""
+_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Samples laid end to end, without padding, on one device."""
+
+    samples: tuple[int, ...]
+    """Their numbers in the store."""
+    weights: tuple[int, ...]
+    """How often the data had each; 0 for those that only fill up the last batch of an epoch."""
+    step: int
+    """Number of the global batch, from 0, counted on over epochs."""
+    input_ids: Int64[Tensor, "token"]
+    cu_seqlens: Int32[Tensor, "boundary"]
+    """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1], as attention kernels for packed sequences want it."""
+    max_seqlen: int
+    learnt: Bool[Tensor, "token"]
+    """Tokens to be learnt from."""
+    has_kv: Bool[Tensor, "token"]
+    """Tokens with keys and values."""
+    kv: Mapping[int, tuple[Float[Tensor, "token kv_head key_dim"], Float[Tensor, "token kv_head value_dim"]]]
+    """Keys and values by teacher layer."""
+
+    def padded(self, pad_id: int = 0) -> dict[str, Int64[Tensor, "sample position"]]:
+        """`input_ids` and `attention_mask` padded on the right, as models take them."""
+        place = self._place()
+        input_ids = self.input_ids.new_full(place.shape, pad_id)
+        input_ids[place] = self.input_ids
+        return {"input_ids": input_ids, "attention_mask": place.to(torch.int64)}
+
+    def padded_kv(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "sample kv_head position _"], Float[Tensor, "sample kv_head position _"]]:
+        """Keys and values of a layer in the model's axes, zero where padded."""
+        place = self._place()
+        sides = []
+        for packed in self.kv[layer]:
+            out = packed.new_zeros(*place.shape, *packed.shape[1:])
+            out[place] = packed
+            sides.append(out.transpose(1, 2))
+        return sides[0], sides[1]
+
+    def _place(self) -> Bool[Tensor, "sample position"]:
+        lengths = torch.diff(self.cu_seqlens)
+        return torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+
+
+class KVLoader:
+    """Iterates over one epoch of this rank's batches; again over the next.
+
+    Global batches are the same for any number of ranks. Batches are read ahead by threads, in order, within a budget of bytes; an
+    error of reading is raised where its batch would come. To stop early, break: nothing is left running.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        batch_size: int,
+        layers: Sequence[int] | None = None,
+        seed: int = 0,
+        shuffle: Shuffle = "windowed",
+        window_bytes: int = 64 * 2**30,
+        tail: Tail = "drop",
+        balance: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        prefetch_bytes: int = PREFETCH_BYTES,
+    ) -> None:
+        """Plan over all samples of a store.
+
+        Args:
+            batch_size: samples of a global batch, over all ranks.
+            layers: teacher layers to read; None for all, () for tokens alone.
+            window_bytes: decoded bytes of whole shards among which samples are shuffled.
+            tail: what becomes of samples that fill no whole batch.
+
+        Raises:
+            ValueError: no such layer, or batches that cannot be cut.
+        """
+        self.store, self.device = store, torch.device(device)
+        self.layers = store.spec.layer_numbers if layers is None else tuple(layers)
+        store.spec.select(self.layers or store.spec.layer_numbers)
+        samples, learnt = store.samples, store.count_learnt(1)
+        table = SampleTable(
+            index=np.arange(len(samples)),
+            shard=samples.shard,
+            num_tokens=samples.num_tokens,
+            count=samples.count,
+            predicted=learnt,
+            compared=store.count_compared(),
+        )
+        self._plan = BatchPlan(
+            batch_size=batch_size,
+            seed=seed,
+            window_tokens=max(window_bytes // (4 * store.spec.values_per_token), 1),
+            kv_steps=0,
+            shuffle=shuffle,
+            tail=tail,
+            balance=balance,
+        )
+        self._sampler = KVBatchSampler(table, self._plan, rank=rank, world_size=world_size)
+        self._prefetch_bytes = prefetch_bytes
+        self._on_device: dict[tuple[int, Kind], tuple[Tensor | None, Tensor | None]] = {}
+        self._epoch = self._consumed = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self._sampler.steps_per_epoch
+
+    @property
+    def dropped(self) -> int:
+        """Samples each epoch leaves out."""
+        return self._sampler.dropped
+
+    @property
+    def padded(self) -> int:
+        """Samples of weight 0 each epoch adds."""
+        return self._sampler.padded
+
+    @property
+    def epoch(self) -> int:
+        """The epoch the next batch is of."""
+        return self._epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop is: after the last batch it was handed, whatever was read ahead. The same on every rank; JSON."""
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.store.manifest.fingerprint,
+            "plan_hash": self._plan_hash,
+            "epoch": self._epoch,
+            "samples_consumed": self._consumed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind a state, on any number of ranks, with any layers, device and budget.
+
+        Raises:
+            ValueError: it is of another store, of other settings, of another version, or no place between two batches.
+        """
+        expected = self.state_dict()
+        for field in ("version", "fingerprint", "plan_hash"):
+            if state.get(field) != expected[field]:
+                raise ValueError(
+                    f"state: {field}: got {state.get(field)!r}, expected {expected[field]!r}; it is of another store, or of another seed, order or "
+                    "batch_size"
+                )
+        epoch, consumed = state.get("epoch"), state.get("samples_consumed")
+        whole = len(self) * self._plan.batch_size
+        if not isinstance(epoch, int) or not isinstance(consumed, int) or not 0 <= consumed < max(whole, 1) or epoch < 0:
+            raise ValueError(
+                f"state: got epoch {epoch!r}, samples_consumed {consumed!r}, expected epoch >= 0 and 0 to {whole - 1}"
+            )
+        if consumed % self._plan.batch_size:
+            raise ValueError(
+                f"state: got samples_consumed {consumed}, expected a multiple of batch_size {self._plan.batch_size}"
+            )
+        self._epoch, self._consumed = epoch, consumed
+
+    @property
+    def _plan_hash(self) -> str:
+        plan = dataclasses.asdict(self._plan)
+        plan.pop("balance")  # changes who gets which sample of a batch, not the batch
+        return fingerprint(plan)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        self._sampler.set_epoch(self._epoch)
+        pending: deque[tuple[int, SampleBatch, Future[CodeBatch]]] = deque()
+        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-loader")
+        try:
+            upcoming, in_flight = self._sampler.batches_from(self._consumed // self._plan.batch_size), 0
+            following = next(upcoming, None)
+            while pending or following is not None:
+                while following is not None and (not pending or in_flight + self._size(following) <= self._prefetch_bytes):
+                    size = self._size(following)
+                    pending.append((size, following, executor.submit(self._read, following)))
+                    in_flight += size
+                    following = next(upcoming, None)
+                size, request, future = pending.popleft()
+                codes = future.result()
+                in_flight -= size
+                batch = self._to_device(request, codes)
+                self._consumed += self._plan.batch_size
+                if self._consumed >= len(self) * self._plan.batch_size:
+                    self._epoch, self._consumed = self._epoch + 1, 0
+                yield batch
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, request: SampleBatch) -> CodeBatch:
+        return self.store.read_codes(request, self.layers)
+
+    def _size(self, request: SampleBatch) -> int:
+        """Bytes of the codes of a batch."""
+        tokens = int(self.store.samples.num_tokens[list(request)].sum())
+        return tokens * (4 + self._code_bytes)
+
+    @property
+    def _code_bytes(self) -> int:
+        """Of one token, in all layers wanted."""
+        total = 0
+        for layer in self.layers:
+            group, _ = self.store.manifest.group_of(layer)
+            total += sum(int(np.prod(group.code_shape(kind))) * group.storage_dtype(kind).itemsize for kind in KINDS)
+        return total
+
+    def _to_device(self, request: SampleBatch, codes: CodeBatch) -> PackedBatch:
+        lengths = np.diff(codes.cu_seqlens)
+        return PackedBatch(
+            samples=tuple(request),
+            weights=tuple(request.weights or itertools.repeat(1, len(request))),
+            step=request.step,
+            input_ids=self._tensor(codes.input_ids.astype(np.int64)),
+            cu_seqlens=self._tensor(codes.cu_seqlens.astype(np.int32)),
+            max_seqlen=int(lengths.max(initial=0)),
+            learnt=self._tensor(codes.learnt),
+            has_kv=self._tensor(codes.has_kv),
+            kv=self._decode(codes),
+        )
+
+    def _decode(self, codes: CodeBatch) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of the layers wanted, from codes that are decoded on the device."""
+        manifest = self.store.manifest
+        decoded: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        for group in manifest.groups:
+            slots = sorted(slot for slot, layer in enumerate(group.layers) if layer in decoded)
+            for kind in KINDS if slots else ():
+                moved = self._tensor(codes.codes[group.path, kind])
+                for row, slot in enumerate(slots):
+                    channels = self._channels(group.layers[slot], kind)
+                    decoded[group.layers[slot]].append(codec.decode(group.quantizer(kind), moved[row], *channels))
+        return {layer: (sides[0], sides[1]) for layer, sides in decoded.items()}
+
+    def _channels(self, layer: int, kind: Kind) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and step on the device; brought there once."""
+        if (layer, kind) not in self._on_device:
+            group, slot = self.store.manifest.group_of(layer)
+            mean, step = channels_of(self.store.calibration, group, kind, slot)
+            self._on_device[layer, kind] = (
+                None if mean is None else self._tensor(mean),
+                None if step is None else self._tensor(step),
+            )
+        return self._on_device[layer, kind]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
