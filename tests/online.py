@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -76,3 +77,16 @@ def train_online(config: TrainConfig, teacher: Path, lesson: Lesson) -> TrainSum
 
     with mock.patch.object(training.trainer, "KVDistillTrainer", OnlineTrainer):
         return training.trainer.run_training(config.model_copy(update={"ce_only": True}))
+
+
+def main() -> None:
+    """Run one config in a process of its own, whose peak memory is then its own: CONFIG.json store|kv|logits TEACHER."""
+    config = TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())
+    if sys.argv[2] == "store":
+        training.trainer.run_training(config)
+    else:
+        train_online(config, Path(sys.argv[3]), "kv" if sys.argv[2] == "kv" else "logits")
+
+
+if __name__ == "__main__":
+    main()

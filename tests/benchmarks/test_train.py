@@ -1,0 +1,235 @@
+"""What training from a store costs: beside no store at all, beside a teacher in memory, and how long the model waits for data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import training.trainer
+from kvstore.reader import Store, open_store
+from tests.checkpoints import byte_tokenizer, randomised, tiny_config
+from tests.experiments import RECIPE, STUDENT, kvpipe
+from tests.stores import random_source, small_spec, write_store
+from training.config import TrainConfig
+from training.distill import KVDistillTrainer
+from training.kv_loader import KVLoader
+from training.loader import KVDataset, ReadBatch
+from training.order import epoch_order
+from training.report import METRICS, read_metrics
+from training.sampler import SampleBatch
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+STEPS, WARM = 60, 10
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random teacher of the demo's geometry, which has seven times its student's parameters, and a store baked for that student."""
+    folder = tmp_path_factory.mktemp("train")
+    fields = {**RECIPE["teacher"]["config"], "intermediate_size": 384}
+    model = randomised(
+        tiny_config(fields["model_type"], **{name: value for name, value in fields.items() if name != "model_type"})
+    )
+    model.save_pretrained(folder / "teacher")
+    byte_tokenizer().save_pretrained(folder / "teacher")
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": "".join(chr(byte) for byte in rng.integers(32, 127, size=128))}) for _ in range(1200)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    kvpipe(
+        *("extract", "--teacher", str(folder / "teacher"), "--data", str(folder / "text.jsonl"), "--out", str(folder / "kv")),
+        *("--student", STUDENT, "--seq-len", "128", "--accept-fidelity"),
+    )
+    return folder / "teacher", folder / "kv"
+
+
+def config(store: Path, out: Path, **over: Any) -> TrainConfig:
+    fields = {name: RECIPE["train"][name] for name in ("threads", "batch_size", "learning_rate", "kv_weight")}
+    every = {"eval_every": 10**6, "save_every": 10**6, "log_every": WARM, "eval_fraction": 0.0}
+    return TrainConfig(
+        store=str(store), student=STUDENT, out=out, steps=STEPS, device="cpu", kv_until=1.0, **{**fields, **every, **over}
+    )
+
+
+def seconds_per_step(out: Path) -> float:
+    """Without the first steps."""
+    seconds = {record["step"]: record["seconds"] for record in read_metrics(out / METRICS) if "loss" in record}
+    return float(seconds[STEPS] - seconds[WARM]) / (STEPS - WARM)
+
+
+class InMemory(KVDataset):
+    """Tokens that were read before the run: no store at all."""
+
+    def __init__(self, store: Store, layers: Sequence[int]) -> None:
+        super().__init__(store, layers)  # type: ignore[arg-type]
+        self._rows = [store.read([index], layers=()) for index in range(len(store))]
+
+    def __getitems__(self, request: SampleBatch) -> ReadBatch:
+        rows = [self._rows[index] for index in request]
+        lengths = [len(row.input_ids) for row in rows]
+        ids = np.concatenate([row.input_ids for row in rows])
+        tokens = type(rows[0])(
+            layers=(),
+            key=rows[0].key,
+            value=rows[0].value,
+            input_ids=ids,
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            beside={},
+        )
+        return ReadBatch(request, tokens, ())
+
+
+class ReadsOnly(KVDistillTrainer):
+    """Reads keys and values and compares nothing."""
+
+    def _kv_errors(self, objective: Any, _tap: Any, _batch: Any) -> torch.Tensor:
+        return torch.zeros(len(objective.targets.pairs), 2)
+
+
+def test_reading_from_the_store_leaves_the_speed_of_training(
+    demo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark: Any
+) -> None:
+    numbers = itertools.count()
+
+    def run(**over: Any) -> float:
+        out = tmp_path / f"run-{next(numbers)}"
+        training.trainer.run_training(config(demo[1], out, **over))
+        return seconds_per_step(out)
+
+    def nowhere() -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(training.trainer, "KVDataset", InMemory)
+            return run(ce_only=True)
+
+    def read_only() -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(training.trainer, "KVDistillTrainer", ReadsOnly)
+            return run()
+
+    def rounds() -> tuple[float, float]:
+        taken = [(nowhere(), read_only(), run()) for _ in range(6)][1:]
+        return tuple(statistics.median(none / other[kind] for none, *other in taken) for kind in (0, 1))  # type: ignore[return-value]
+
+    reading, whole = benchmark.pedantic(rounds, rounds=1)
+    print(
+        f"\nsteps per second of cross-entropy alone with no store: {reading:.3f} while KV is read, {whole:.3f} with the KV loss"
+    )
+    assert reading >= 0.95
+
+
+def alone(folder: Path, name: str, how: str, teacher: Path, settings: TrainConfig) -> tuple[float, float]:
+    """Seconds per step, and peak memory in MiB, of a run in a process of its own."""
+    path = folder / f"{name}.json"
+    path.write_text(settings.model_dump_json())
+    subprocess.run([sys.executable, "-m", "tests.online", str(path), how, str(teacher)], check=True, capture_output=True)
+    peak = read_metrics(settings.out / METRICS)[-1]["peak_rss_bytes"] / 2**20
+    return seconds_per_step(settings.out), peak
+
+
+def test_the_same_steps_with_the_teacher_in_memory_are_slower(demo: tuple[Path, Path], tmp_path: Path, benchmark: Any) -> None:
+    teacher, store = demo
+
+    def rounds() -> list[tuple[tuple[float, float], ...]]:
+        found = []
+        for number in range(3):
+            stored = alone(tmp_path, f"store-{number}", "store", teacher, config(store, tmp_path / f"s{number}"))
+            online = alone(tmp_path, f"online-{number}", "kv", teacher, config(store, tmp_path / f"o{number}"))
+            plain = alone(tmp_path, f"ce-{number}", "store", teacher, config(store, tmp_path / f"c{number}", ce_only=True))
+            found.append((stored, online, plain))
+        return found
+
+    taken = benchmark.pedantic(rounds, rounds=1)
+    faster = statistics.median(online[0] / stored[0] for stored, online, _ in taken)
+    memory = [statistics.median(run[which][1] for run in taken) for which in range(3)]
+    print(
+        f"\nfrom the store {faster:.2f} times the steps per second of a teacher in memory; peak memory {memory[0]:.0f} MiB from the store, "
+        f"{memory[1]:.0f} MiB with the teacher, {memory[2]:.0f} MiB for cross-entropy alone"
+    )
+    losses = [[record["ce"] for record in read_metrics(tmp_path / name / METRICS) if "ce" in record] for name in ("s0", "o0")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
+    assert faster >= 1.5
+    assert memory[0] <= 1.1 * memory[2]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """200,000 tokens of four layers."""
+    source = random_source(small_spec(), [512] * 400, seed=0)
+    return open_store(write_store(tmp_path_factory.mktemp("large") / "kv", source, "mix"))
+
+
+def multiply(seconds: float) -> None:
+    """A main thread that computes outside the interpreter."""
+    matrix = torch.ones(128, 128)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        matrix = matrix @ matrix * 1e-3
+
+
+def count(seconds: float) -> None:
+    """A main thread that holds the interpreter's lock."""
+    end, number = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        number += 1
+
+
+def waits(loader: Iterator[Any], compute: Callable[[float], None], seconds: float) -> float:
+    """Share of the time spent waiting for batches after the first."""
+    next(loader)
+    waited = 0.0
+    begun = time.perf_counter()
+    compute(seconds)
+    while True:
+        asked = time.perf_counter()
+        if next(loader, None) is None:
+            break
+        waited += time.perf_counter() - asked
+        compute(seconds)
+    return waited / (time.perf_counter() - begun)
+
+
+@pytest.mark.parametrize("compute", [multiply, count], ids=["matmul", "gil-bound"])
+def test_a_model_does_not_wait_for_data_where_reading_takes_less_than_computing(
+    compute: Callable[[float], None], large: Store, benchmark: Any
+) -> None:
+    torch.set_num_threads(1)
+
+    def share() -> float:
+        found = []
+        for _ in range(5):
+            loader = KVLoader(large, batch_size=16)
+            begun = time.perf_counter()
+            list(loader)
+            per_batch = (time.perf_counter() - begun) / len(loader)
+            found.append(waits(iter(loader), compute, per_batch / 0.8))
+        return statistics.median(found)
+
+    waited = benchmark.pedantic(share, rounds=1)
+    print(
+        f"\nwith a {compute.__name__}ing main thread {waited:.2%} of the time is spent waiting for data; {threading.active_count()} threads"
+    )
+    assert waited <= 0.02
+
+
+def test_ten_million_samples_are_planned_in_three_seconds(benchmark: Any) -> None:
+    shard, num_tokens = np.arange(10**7) // 500, np.full(10**7, 512)
+
+    def plan() -> float:
+        begun = time.perf_counter()
+        epoch_order(shard, num_tokens, seed=0, epoch=0, window_tokens=2**27)
+        return time.perf_counter() - begun
+
+    taken = statistics.median(benchmark.pedantic(lambda: [plan() for _ in range(3)], rounds=1))
+    print(f"\nten million samples are ordered in {taken:.2f} s")
+    assert taken < 3
