@@ -12,6 +12,7 @@ Codes cross to the device and are decoded there. Knows stores and the sampler; n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from training.sampler import BatchPlan, KVBatchSampler, SampleBatch, SampleTable
 
 STATE_VERSION = 1
 PREFETCH_BYTES = 2**30
-"""Codes that are read, or being read, before they are asked for; one batch is always."""
+"""Of batches that are read, or being read, before they are asked for; one batch is always. Codes for a GPU, decoded for the CPU."""
 _THREADS = 4
 
 
@@ -204,21 +205,21 @@ class KVLoader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         self._sampler.set_epoch(self._epoch)
-        pending: deque[tuple[int, SampleBatch, Future[CodeBatch]]] = deque()
+        requests = self._sampler.batches_from(self._consumed // self._plan.batch_size)
+        pending: deque[tuple[int, SampleBatch, Future[CodeBatch | PackedBatch]]] = deque()
         executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-loader")
         try:
-            upcoming, in_flight = self._sampler.batches_from(self._consumed // self._plan.batch_size), 0
-            following = next(upcoming, None)
+            following, in_flight = next(requests, None), 0
             while pending or following is not None:
                 while following is not None and (not pending or in_flight + self._size(following) <= self._prefetch_bytes):
                     size = self._size(following)
                     pending.append((size, following, executor.submit(self._read, following)))
                     in_flight += size
-                    following = next(upcoming, None)
+                    following = next(requests, None)
                 size, request, future = pending.popleft()
-                codes = future.result()
+                read = future.result()
                 in_flight -= size
-                batch = self._to_device(request, codes)
+                batch = self._pack(request, read) if isinstance(read, CodeBatch) else read
                 self._consumed += self._plan.batch_size
                 if self._consumed >= len(self) * self._plan.batch_size:
                     self._epoch, self._consumed = self._epoch + 1, 0
@@ -226,24 +227,28 @@ class KVLoader:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, request: SampleBatch) -> CodeBatch:
-        return self.store.read_codes(request, self.layers)
+    def _read(self, request: SampleBatch) -> CodeBatch | PackedBatch:
+        """In a thread: a whole batch for the CPU, codes for a GPU, whose work is given to it by the thread that trains."""
+        codes = self.store.read_codes(request, self.layers)
+        return codes if self.device.type == "cuda" else self._pack(request, codes)
 
     def _size(self, request: SampleBatch) -> int:
-        """Bytes of the codes of a batch."""
+        """Bytes of a batch while it waits."""
         tokens = int(self.store.samples.num_tokens[list(request)].sum())
-        return tokens * (4 + self._code_bytes)
+        return tokens * (4 + self._token_bytes)
 
-    @property
-    def _code_bytes(self) -> int:
+    @functools.cached_property
+    def _token_bytes(self) -> int:
         """Of one token, in all layers wanted."""
         total = 0
         for layer in self.layers:
             group, _ = self.store.manifest.group_of(layer)
-            total += sum(int(np.prod(group.code_shape(kind))) * group.storage_dtype(kind).itemsize for kind in KINDS)
+            for kind in KINDS:
+                codes = int(np.prod(group.code_shape(kind))) * group.storage_dtype(kind).itemsize
+                total += codes if self.device.type == "cuda" else 4 * group.num_kv_heads * group.dim(kind)
         return total
 
-    def _to_device(self, request: SampleBatch, codes: CodeBatch) -> PackedBatch:
+    def _pack(self, request: SampleBatch, codes: CodeBatch) -> PackedBatch:
         lengths = np.diff(codes.cu_seqlens)
         return PackedBatch(
             samples=tuple(request),

@@ -93,8 +93,8 @@ class InMemory(KVDataset):
 class ReadsOnly(KVDistillTrainer):
     """Reads keys and values and compares nothing."""
 
-    def _kv_errors(self, objective: Any, _tap: Any, _batch: Any) -> torch.Tensor:
-        return torch.zeros(len(objective.targets.pairs), 2)
+    def _tap(self, _model: Any, _objective: Any) -> None:  # type: ignore[override]
+        """Without what it captures there is no KV loss."""
 
 
 def test_reading_from_the_store_leaves_the_speed_of_training(
@@ -208,10 +208,11 @@ def test_a_model_does_not_wait_for_data_where_reading_takes_less_than_computing(
     def share() -> float:
         found = []
         for _ in range(5):
+            # Files are in memory, so what reading needs is the core that the main thread leaves to it.
+            begun = time.process_time()
+            number = sum(1 for _ in KVLoader(large, batch_size=16))
+            per_batch = (time.process_time() - begun) / number
             loader = KVLoader(large, batch_size=16)
-            begun = time.perf_counter()
-            list(loader)
-            per_batch = (time.perf_counter() - begun) / len(loader)
             found.append(waits(iter(loader), compute, per_batch / 0.8))
         return statistics.median(found)
 
