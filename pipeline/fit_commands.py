@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline.terminal import print_record, progress_bar
+from pipeline.terminal import print_record, progress_bar, say
 
 
 @click.command()
@@ -29,7 +29,7 @@ from pipeline.terminal import print_record, progress_bar
     "--layer-map",
     default="last_aligned",
     show_default=True,
-    help="last_aligned, uniform, or student=teacher pairs like '0=3,1=9,-1=-1'.",
+    help="last_aligned, uniform, cka (likeness to a pretrained student), or student=teacher pairs like '0=3,1=9,-1=-1'.",
 )
 @click.option("--layers", help="Student layers: 'all' or a list like 0,4,8-11 or -1 [eight spread evenly].")
 @click.option("--tokens", type=click.IntRange(1), default=262_144, show_default=True, help="Tokens of the store to fit on.")
@@ -64,6 +64,7 @@ def fit(
     from pipeline.align.layers import choose_student_layers
     from pipeline.fit import fit_store
     from pipeline.fit_models import pretrained_student, teacher_queries
+    from pipeline.match_layers import written_out
     from pipeline.models.load import build_student, load_tokenizer
     from pipeline.models.probe import probe_kv_spec
 
@@ -74,6 +75,7 @@ def fit(
         raise click.UsageError(f"--method {method} {'needs' if teacher is None else 'takes no'} --teacher")
     model, own_tokenizer = build_student(student, vocab_size=len(load_tokenizer(opened.tokenizer_path)), seed=0)
     spec = probe_kv_spec(model.eval(), key_domain=opened.spec.key_domain)
+    layer_map = written_out(layer_map, store, student, say)
     beside: dict[str, Any] = {}
     if method == "ridge":
         beside["student_kv"] = pretrained_student(student, model, own_tokenizer, spec, opened, device)

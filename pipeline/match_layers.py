@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.models.capture import capture_kv
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 
+CKA_TOKENS = 16_384
 _BATCH_TOKENS = 512
 
 
@@ -78,6 +79,19 @@ def match_layers(source: str, student: str, tokens: int, progress: Progress = la
         cka=tuple(tuple(float(value) for value in row) for row in cka),
         num_tokens=found.num_tokens,
     )
+
+
+def written_out(layer_map: str, source: str, student: str, say: Callable[[str], None]) -> str:
+    """A layer map as it is, but for `cka`, which becomes the pairs found on the store's first tokens.
+
+    Raises:
+        ValueError, KVStoreError: as `match_layers`.
+    """
+    if layer_map != "cka":
+        return layer_map
+    found = match_layers(source, student, CKA_TOKENS).layer_map
+    say(f"layer map by CKA: {found}")
+    return found
 
 
 def _compare(

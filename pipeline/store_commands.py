@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.terminal import print_record, progress_bar
+from pipeline.terminal import print_record, progress_bar, say
 
 _out = click.option("--out", required=True, help="Folder of the new store, or s3://bucket/prefix; run again to resume.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -73,7 +73,7 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
     "--layer-map",
     default="last_aligned",
     show_default=True,
-    help="last_aligned, uniform, or student=teacher pairs like '0=3,1=9,-1=-1'.",
+    help="last_aligned, uniform, cka (likeness to a pretrained student), or student=teacher pairs like '0=3,1=9,-1=-1'.",
 )
 @click.option("--layers", help="Student layers: 'all' or a list like 0,4,8-11 or -1 [eight spread evenly].")
 @click.option("--codec", default="mix", show_default=True, help="As for extract.")
@@ -102,7 +102,9 @@ def align(store: str, out: str, as_json: bool, **chosen: Any) -> None:
     kvpipe train --store for-llama --student tinyllama-1.1b --out run
     """
     from pipeline.align_store import AlignSettings, align_store
+    from pipeline.match_layers import written_out
 
+    chosen["layer_map"] = written_out(chosen["layer_map"], store, chosen["student"], say)
     with progress_bar("align", "tok") as progress:
         summary = align_store(store, out, AlignSettings(**chosen), progress)
     print_record(dataclasses.asdict(summary), as_json)

@@ -38,6 +38,10 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
         chosen = load_config(TrainConfig, "train", config, settings, flags)
     from training.trainer import run_training
 
+    if chosen.layer_map == "cka":
+        from pipeline.match_layers import written_out
+
+        chosen = chosen.model_copy(update={"layer_map": written_out("cka", chosen.store, chosen.student, say)})
     summary = run_training(chosen, say)
     print_record(summary.model_dump(mode="json", exclude=set() if as_json else {"config"}), as_json)
 

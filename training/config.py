@@ -62,7 +62,8 @@ class TrainConfig(BaseModel):
     sink_tokens: int = Field(default=4, ge=0)
     """First positions of a sample left out of the KV loss: attention sinks have outlier keys that would dominate it."""
     layer_map: str = "last_aligned"
-    """Which teacher layer a student layer follows, where the store has no baked map; it beat `uniform` on every seed (7.5)."""
+    """Which teacher layer a student layer follows, where the store has no baked map; it beat `uniform` on every seed (7.5). `cka` takes
+    those most like the layers of a pretrained student; pairs such as '0=3,1=9' are taken as they are."""
     layers: str = "all"
     """Student layers in the KV loss: 'all' that have a teacher layer, or a list such as '0,4,8-11' or '-1' for the last."""
 

@@ -65,8 +65,8 @@ def cell(teacher: str, student: str) -> str:
     return " ".join(signs) or "="
 
 
-def table() -> str:
-    """The document."""
+def model_rows() -> list[str]:
+    """One line for each model."""
     rows = []
     for name in NAMES:
         geometry = preset(name).geometry
@@ -81,6 +81,11 @@ def table() -> str:
             f"{spec.values_per_token * 2:,}",
         )
         rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def table() -> str:
+    """The document."""
     lines = [
         "# Geometries",
         "",
@@ -90,7 +95,7 @@ def table() -> str:
         "",
         "| model | layers | query/KV heads | head dim | rotary base | bytes of KV per token, bf16 |",
         "|---|---|---|---|---|---|",
-        *rows,
+        *model_rows(),
         "",
         "Rows are teachers, columns students. `4→2` are KV heads, averaged by equal shares or repeated; `d 128→64` are channels, of keys",
         "chosen by rotary frequency; `θ`: as many channels, of other frequencies, so each pair of key channels takes the one nearest in",

@@ -15,7 +15,7 @@ import torch
 from pipeline.align import KVProjector, resample_kv_with_interpolation
 from pipeline.align.heads import Channels, head_map, key_channels, spread_channels
 from pipeline.align.time import linear_positions
-from tests.align.geometries import DOCUMENT, NAMES, alignment, preset, table
+from tests.align.geometries import DOCUMENT, NAMES, alignment, model_rows, preset, table
 from training.losses import kv_errors
 
 NUM_TOKENS, NUM_RESAMPLED = 7, 5
@@ -25,6 +25,8 @@ TURNING = [name for name in NAMES if preset(name).geometry.rope_theta is not Non
 
 def test_the_document_is_what_the_presets_say() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == table(), "run python -m tests.align.geometries"
+    readme = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    assert set(model_rows()) <= set(readme)
 
 
 def dense(x_THD: torch.Tensor, num_heads: int, channels: Channels, num_tokens: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from kvstore import open_store
+from pipeline.align.fit import Fit
 from pipeline.align.similarity import LayerSimilarity
 from pipeline.cli import cli
 from pipeline.match_layers import match_layers
@@ -66,9 +68,28 @@ def test_the_command_prints_a_map_that_align_takes(raw: Path, pruned: Path, tmp_
     assert json.loads(aligned.stdout)["num_samples"] == 12
 
 
+def test_a_layer_map_may_be_asked_for_by_likeness(raw: Path, pruned: Path, tmp_path: Path) -> None:
+    both = ["--student", str(pruned), "--layer-map", "cka"]
+    aligned = CliRunner().invoke(cli, ["align", str(raw), *both, "--out", str(tmp_path / "out")])
+    assert aligned.exit_code == 0, aligned.output
+    assert "layer map by CKA: 0=0,1=1" in aligned.output
+    record = open_store(tmp_path / "out").manifest.alignment
+    assert record is not None
+    assert record["layer_map"] == [[0, 0], [1, 1]]
+    fitted = CliRunner().invoke(cli, ["fit", "--store", str(raw), *both, "--out", str(tmp_path / "maps.safetensors")])
+    assert fitted.exit_code == 0, fitted.output
+    assert Fit.load(tmp_path / "maps.safetensors").alignment.layer_map == ((0, 0), (1, 1))
+    settings = ["steps=2", "batch_size=4", "device=cpu", "layer_map=cka", "eval_fraction=0", "threads=1"]
+    flags = [item for setting in settings for item in ("--set", setting)]
+    run = ["train", "--store", str(raw), "--student", str(pruned), "--out", str(tmp_path / "run"), *flags]
+    trained = CliRunner().invoke(cli, run)
+    assert trained.exit_code == 0, trained.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["alignment"]["layer_map"] == [[0, 0], [1, 1]]
+
+
 def test_a_fresh_student_is_like_no_layer(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "fresh.toml").write_text(
-        '[config]\nmodel_type = "qwen2"\nhidden_size = 32\nnum_hidden_layers = 2\nnum_attention_heads = 4\n'
+        '[config]\nmodel_type = "qwen2"\nhidden_size = 32\nnum_hidden_layers = 2\nnum_attention_heads = 4\nnum_key_value_heads = 1\n'
     )
     with pytest.raises(ValueError, match=r"is a fresh model, about equally unlike every layer"):
         match_layers(str(raw), str(tmp_path / "fresh.toml"), 400)
