@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant(
         "a mixture that is right on average only",
         "training/order.py",
-        (("places.append((np.arange(count) + 0.5) / max(count, 1))", "places.append(np.arange(count) + 0.5)"),),
+        (("    turns = fair_turns(counts)\n", "    turns = np.sort(fair_turns(counts))\n"),),
         (SAMPLER,),
     ),
     Mutant(

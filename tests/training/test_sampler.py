@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from training.order import Shuffle, epoch_order, largest_remainder, mixed_order, permutation
+from training.order import Shuffle, epoch_order, fair_turns, largest_remainder, mixed_order, permutation
 from training.sampler import (
     BatchPlan,
     KVBatchSampler,
@@ -404,6 +404,17 @@ def test_balancing_keeps_the_samples_of_every_global_batch_and_evens_out_tokens(
     assert largest(even) <= largest(plain)
 
 
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=200)
+def test_in_turns_every_source_keeps_its_proportion_to_less_than_one(counts: list[int]) -> None:
+    turns, total = fair_turns(counts), sum(counts)
+    assert np.bincount(turns, minlength=len(counts)).tolist() == counts
+    for source, count in enumerate(counts):
+        exact = count * np.arange(1, total + 1) / max(total, 1)
+        assert (np.abs(np.cumsum(turns == source) - exact) < 1).all()
+
+
+@example(sizes=[1, 1, 1, 1], weights=[1.0, 0.125, 0.125, 0.125], total=10, epochs=1)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.05, 1), min_size=4, max_size=4),
@@ -424,7 +435,7 @@ def test_mixtures_have_their_proportions_in_every_prefix_and_go_round_each_sourc
     assert sum(counts) == total
     everything: list[int] = []
     for epoch in range(epochs):
-        order = mixed_order(orders, shares, total=total, epoch=epoch)  # type: ignore[arg-type]
+        order = mixed_order(orders, shares, total=total, epoch=epoch)
         sources = np.searchsorted(firsts, order, side="right") - 1
         for source, count in enumerate(counts):
             have = np.cumsum(sources == source)
@@ -442,5 +453,5 @@ def test_a_mixture_is_cut_alike_for_all_ranks_and_draws_its_shares() -> None:
     one, four = (cut(samples, *shape, shares=(1.0, 1.0)) for shape in ((1, 8), (4, 2)))
     assert one == four
     for step in one:
-        stores = [samples.store[(index - 100) // 3] for index, _ in step]  # type: ignore[index]
+        stores = [samples.store[(index - 100) // 3] for index, _ in step]
         assert stores.count(0) == stores.count(1) == 4
