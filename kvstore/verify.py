@@ -19,7 +19,7 @@ from kvstore.drop import read_dropped
 from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.gate import read_gate
 from kvstore.lease import LEASES, Claim, claims
-from kvstore.manifest import ARRAYS, COMMITS, GATE, PROJECTION, SAMPLES, TOKENIZER, Manifest, read_manifest
+from kvstore.manifest import ARRAYS, COMMITS, GATE, PROJECTION, SAMPLES, TOKENIZER, Manifest, read_beside, read_manifest
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256, fingerprint
 from kvstore.repeats import read_repeats
@@ -132,11 +132,9 @@ class _Verification:
         for folder, files in ((TOKENIZER, manifest.tokenizer), (PROJECTION, manifest.projection)):
             for name, expected in files.items():
                 try:
-                    actual = bytes_sha256(self._storage.read(f"{folder}/{name}"))
-                except FileNotFoundError:
-                    actual = "nothing"
-                if actual != expected:
-                    self._add(folder, f"{folder}/{name}: hashes to {actual}, the manifest says {expected}; restore the file")
+                    read_beside(self._storage, folder, {name: expected})
+                except KVStoreError as error:
+                    self._add(folder, str(error))
         try:
             self._dropped = dropped = read_dropped(self._storage)
             if (manifest.data.get("dropped") or None) != (fingerprint(dropped) if dropped else None):

@@ -37,7 +37,8 @@ from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment, choose_student_layers
 from pipeline.align.fit import MAPS, Fit
-from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, TokenBytes, align_sample
+from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, align_sample
+from pipeline.align.token_bytes import TokenBytes
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.probe import probe_kv_spec

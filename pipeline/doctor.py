@@ -18,7 +18,8 @@ from kvstore.codec import parse_codecs
 from kvstore.reader import Store
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align import Alignment, choose_student_layers
-from pipeline.align.spans import TokenBytes, align_sample
+from pipeline.align.spans import align_sample
+from pipeline.align.token_bytes import TokenBytes
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.presets import Geometry, student_preset, teacher_preset
 from pipeline.models.probe import probe_kv_spec

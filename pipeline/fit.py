@@ -63,30 +63,9 @@ def fit_store(
         raise ValueError(
             f"fit: got held_out {held_out}, tokens {tokens}, expected a share from 0 to below 1 and at least 1 token"
         )
-    alignment = Alignment.plan(store.manifest.teacher, student, layer_map, student_layers)
-    missing = sorted(set(alignment.teacher_layers) - set(store.spec.layer_numbers))
-    if missing:
-        raise KVStoreError(
-            f"fit: {layer_map} needs teacher layers {format_layers(alignment.teacher_layers)}, {store.location} lacks "
-            f"{format_layers(missing)}; choose another --layer-map, or extract them"
-        )
-    seen, unseen, beside = _empty_sums(alignment), _empty_sums(alignment), _Beside(alignment, student_kv, teacher_queries)
-    held_out_samples = []
-    counted, total = 0, min(tokens, int(store.samples.num_tokens.sum()))
-    for index in range(len(store)):
-        is_held_out = int((index + 1) * held_out) > int(index * held_out)
-        if is_held_out:
-            held_out_samples.append(index)
-        counted += _count_sample(store, index, unseen if is_held_out else seen, None if is_held_out else beside)
-        progress(min(counted, total), total)
-        if counted >= tokens:
-            break
-    progress(total, total)
-    num_tokens, num_held_out = (next(iter(sums.values())).count for sums in (seen, unseen))
-    if num_tokens == 0:
-        raise KVStoreError(
-            f"fit: {store.location} has no tokens to fit on; got {len(store)} samples, expected longer or more ones"
-        )
+    alignment = _plan(store, student, layer_map, student_layers)
+    beside = _Beside(alignment, student_kv, teacher_queries)
+    seen, unseen, held_out_samples = _count(store, alignment, beside, tokens, held_out, progress)
     maps = {}
     for layer, sums in seen.items():
         side, student_rope = student_side(alignment, layer)
@@ -103,13 +82,47 @@ def fit_store(
         method=method,
         alignment=alignment,
         store=store.manifest.fingerprint,
-        num_tokens=num_tokens,
-        num_held_out_tokens=num_held_out,
+        num_tokens=next(iter(seen.values())).count,
+        num_held_out_tokens=next(iter(unseen.values())).count,
         maps=maps,
         retained={layer: retained_variance(maps[layer], sums) for layer, sums in seen.items()},
         retained_held_out={layer: retained_variance(maps[layer], sums) for layer, sums in unseen.items() if sums.count},
         attention_cosine=_attention_cosines(store, held_out_samples[:_ATTENTION_SAMPLES], maps),
     )
+
+
+def _plan(store: Store, student: KVSpec, layer_map: str, student_layers: Sequence[int] | None) -> Alignment:
+    alignment = Alignment.plan(store.manifest.teacher, student, layer_map, student_layers)
+    missing = sorted(set(alignment.teacher_layers) - set(store.spec.layer_numbers))
+    if missing:
+        raise KVStoreError(
+            f"fit: {layer_map} needs teacher layers {format_layers(alignment.teacher_layers)}, {store.location} lacks "
+            f"{format_layers(missing)}; choose another --layer-map, or extract them"
+        )
+    return alignment
+
+
+def _count(
+    store: Store, alignment: Alignment, beside: _Beside, tokens: int, held_out: float, progress: Progress
+) -> tuple[dict[int, Sums], dict[int, Sums], list[int]]:
+    """Sums of the tokens that are fitted to and of those held out, by teacher layer, and which samples these are of."""
+    seen, unseen = _empty_sums(alignment), _empty_sums(alignment)
+    held_out_samples = []
+    counted, total = 0, min(tokens, int(store.samples.num_tokens.sum()))
+    for index in range(len(store)):
+        is_held_out = int((index + 1) * held_out) > int(index * held_out)
+        if is_held_out:
+            held_out_samples.append(index)
+        counted += _count_sample(store, index, unseen if is_held_out else seen, None if is_held_out else beside)
+        progress(min(counted, total), total)
+        if counted >= tokens:
+            break
+    progress(total, total)
+    if next(iter(seen.values())).count == 0:
+        raise KVStoreError(
+            f"fit: {store.location} has no tokens to fit on; got {len(store)} samples, expected longer or more ones"
+        )
+    return seen, unseen, held_out_samples
 
 
 def _refuse_store(store: Store) -> None:

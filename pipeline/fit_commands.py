@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.terminal import print_record, progress_bar, say
+
+if TYPE_CHECKING:
+    from pipeline.align.fit import Fit
 
 
 @click.command()
@@ -87,6 +90,11 @@ def fit(
             opened, spec, method, layer_map=layer_map, student_layers=chosen, tokens=tokens, progress=progress, **beside
         )
     made.save(out)
+    _print_fit(made, out, as_json)
+
+
+def _print_fit(made: Fit, out: Path, as_json: bool) -> None:
+    """What was fitted, and what of the variance each layer keeps."""
     rows = [
         {
             "teacher_layer": layer,
@@ -102,7 +110,7 @@ def fit(
     record = {
         "out": str(out),
         "fit_id": made.fit_id,
-        "method": method,
+        "method": made.method,
         "num_tokens": made.num_tokens,
         "num_held_out_tokens": made.num_held_out_tokens,
     }

@@ -15,7 +15,8 @@ from kvstore.compose import Progress
 from kvstore.reader import Store
 from pipeline.align.layers import monotone_match
 from pipeline.align.similarity import LayerSimilarity
-from pipeline.align.spans import TextChangedError, TokenBytes, align_sample
+from pipeline.align.spans import TextChangedError, align_sample
+from pipeline.align.token_bytes import TokenBytes
 from pipeline.models.capture import capture_kv
 from pipeline.models.load import build_student, load_tokenizer
 from pipeline.models.probe import probe_kv_spec

@@ -35,11 +35,9 @@ def train_online(config: TrainConfig, teacher: Path, lesson: Lesson) -> TrainSum
     store = open_store(config.store)
     student, _ = build_student(config.student, vocab_size=model.config.vocab_size, seed=config.seed)
     spec = probe_kv_spec(student)
-    targets = KVTargets(plan_alignment(store, spec, layer_map=config.layer_map, layers=config.layers))
-    if targets.alignment.baked:
-        targets = KVTargets(dataclasses.replace(targets.alignment, baked=False))
-    stored = KVTargets(plan_alignment(store, spec, layer_map=config.layer_map, layers=config.layers))
-    variances = torch.from_numpy(measure_variances(store, stored, sink_tokens=config.sink_tokens)).float()
+    alignment = plan_alignment(store, spec, layer_map=config.layer_map, layers=config.layers)
+    variances = torch.from_numpy(measure_variances(store, KVTargets(alignment), sink_tokens=config.sink_tokens)).float()
+    targets = KVTargets(dataclasses.replace(alignment, baked=False))  # what the teacher gives is not projected yet
     teacher_spec = probe_kv_spec(model)
 
     class OnlineTrainer(KVDistillTrainer):
@@ -67,8 +65,8 @@ def train_online(config: TrainConfig, teacher: Path, lesson: Lesson) -> TrainSum
             pair = {layer: tuple(take_rows(side, rows).clone() for side in sides) for layer, sides in captured.items()}
             student_kv = {layer: tuple(take_rows(side, rows) for side in sides) for layer, sides in tap.kv.items()}
             errors = kv_errors(
-                targets.student_side(student_kv),  # type: ignore[arg-type]
-                targets.teacher_side(pair),  # type: ignore[arg-type]
+                targets.student_side(student_kv),
+                targets.teacher_side(pair),
                 variances,
                 len(rows),
             )

@@ -17,7 +17,7 @@ from pipeline.align import Alignment
 from training.targets import KeyValue
 
 Adapter = Literal["none", "orthogonal", "linear"]
-NAME = "kv_adapters"
+ADAPTERS = "kv_adapters"
 """Under which attribute a student carries its adapters while it is trained; so they are in the optimizer and in checkpoints."""
 
 
@@ -65,9 +65,8 @@ class _Scaled(nn.Module):
         left, sizes, right = torch.linalg.svd(start, full_matrices=False)
         self.register_buffer("scale", sizes.mean())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                0
-            )  # a basis is filled up at random: the same on every rank, and the run's own numbers are not used
+            # A basis is filled up at random: the same on every rank, and the run's own numbers are left alone.
+            torch.manual_seed(0)
             # Cayley's map, for torch's default for uneven matrices takes one step per column.
             self.linear = parametrizations.orthogonal(_linear(left @ right), orthogonal_map="cayley")
 

@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
     `relation`, how tokens of a sample relate to each other (MiniLMv2), which needs no map between heads and dims."""
     adapter: Literal["none", "orthogonal", "linear"] = "none"
     """Learned map from the student's keys and values to the stored ones, trained beside it and left out of the saved student;
-    `orthogonal` can only turn, `linear` is free. `none` uses the fixed map, which did better (docs/alignment.md)."""
+    `orthogonal` can only turn, `linear` is free. `none` uses the fixed map, within the seeds of both (docs/alignment.md)."""
     ce_only: bool = False
     """Control: plain cross-entropy in the same data order from the same initial weights; no KV is read."""
     shuffle_targets: bool = False

@@ -20,8 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kvstore.spec import KVSpec
 from pipeline.models.capture import KVTap
-from training.adapters import NAME as ADAPTERS
-from training.adapters import KVAdapters
+from training.adapters import ADAPTERS, KVAdapters
 from training.loader import KVCollator, KVDataLoader, KVDataset, ReadAhead, TrainBatch
 from training.losses import KVLoss, cross_entropy, kv_errors, take_rows
 from training.meters import Meter, Progress, RunFlow, StepSums

@@ -89,10 +89,16 @@ class Mixture:
     @cached_property
     def samples(self) -> Samples:
         tables = [store.samples for store in self.stores]
+        # A sample that two stores have counts to one document, so that it is not held out here and trained on there.
+        document: dict[str, str] = {}
         shards = np.cumsum([0, *(store.manifest.layout.num_shards for store in self.stores)])[:-1]
         return Samples(
             ids=[each for table in tables for each in table.ids],
-            source=[each for table in tables for each in table.source],
+            source=[
+                document.setdefault(each, source)
+                for table in tables
+                for each, source in zip(table.ids, table.source, strict=True)
+            ],
             shard=np.concatenate([table.shard + first for table, first in zip(tables, shards, strict=True)]),
             num_tokens=np.concatenate([table.num_tokens for table in tables]).astype(np.int64),
             count=np.concatenate([table.count for table in tables]).astype(np.int64),

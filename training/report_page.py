@@ -43,8 +43,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     folders = _labelled(runs)
     metrics = read_runs(folders)
-    records = {label: RunFolder(folder).recorded() for label, folder in folders.items()}
-    strangers = [str(folders[label]) for label, record in records.items() if record is None]
+    records = {label: RunFolder(folder).recorded() or {} for label, folder in folders.items()}
+    strangers = [str(folders[label]) for label, record in records.items() if not record]
     if strangers:
         raise ValueError(f"runs: {', '.join(strangers)} have no run.json, expected folders that 'kvpipe train' made")
     out.mkdir(parents=True, exist_ok=True)
@@ -54,8 +54,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     plot_against_cost(metrics, out / "cost.png")
     plot_layers(metrics, out / "layers.png")
     plot_costs(metrics, out / "resources.png")
-    results = {label: _results(folder, metrics[label], records[label] or {}) for label, folder in folders.items()}
-    settings = {label: (record or {}).get("config", {}) for label, record in records.items()}
+    results = {label: _results(folder, metrics[label], records[label]) for label, folder in folders.items()}
+    settings = {label: record["config"] for label, record in records.items()}
     template = importlib.resources.files("training").joinpath("report_page.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(template)
     pictures = [
@@ -66,7 +66,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     text = page.render(
         labels=list(folders),
         folders={label: str(folder) for label, folder in folders.items()},
-        results=[(shown, [results[label].get(name, "") for label in folders]) for name, shown in _RESULTS.items()],
+        results=[(shown, [results[label][name] for label in folders]) for name, shown in _RESULTS.items()],
         differing=_differing(settings),
         common=_common(settings),
         pictures=pictures,

@@ -23,8 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from kvstore.errors import ShardNotCommittedError
 from kvstore.spec import format_layers
 from pipeline.models.probe import probe_kv_spec
-from training.adapters import NAME as ADAPTERS
-from training.adapters import KVAdapters
+from training.adapters import ADAPTERS, KVAdapters
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
 from training.loader import KVCollator, KVDataset

@@ -87,8 +87,8 @@ def fit_map(
     `group-mean` pools heads as `head_map` does (GQA, arXiv 2305.13245). `procrustes` turns the heads of a group towards each other
     first, keys by one angle per rotary pair, by generalised Procrustes on the second moments (arXiv 2412.20677). `complex-pca` takes
     principal components of the centred covariance over heads, for each rotary pair; for values, and key channels that do not rotate,
-    over heads and channels. `query-pca` does so for keys as loud as the teacher's queries read them, so that what is left out is the
-    error of the attention scores and not of the keys (KQ-SVD, arXiv 2512.05916); sizes are kept on average, and values mapped as by
+    over heads and channels. `query-pca` does so for keys weighted by the second moments of the teacher's queries, so that the
+    error of attention scores is least, not that of keys (KQ-SVD, arXiv 2512.05916); sizes are kept on average, and values mapped as by
     `complex-pca`. `ridge` is the regression of a pretrained student's own keys and values, W = S_st (S_tt + rho I)^-1 with
     rho = 1e-3 tr(S_tt) / n, for each rotary pair over complex numbers. Where head dims differ, rotary pairs are matched as in `key_channels`. If either side does not rotate,
     keys are mapped as values are. What has no counterpart is zero.
@@ -104,7 +104,13 @@ def fit_map(
     if sums.count == 0:
         raise ValueError("fit: got 0 tokens, expected at least one; twenty for each dimension are a good number")
     if (method == "ridge") != (cross is not None) or (method == "query-pca") != (queries is not None):
-        raise ValueError(f"{method}: got cross sums {cross}, query sums {queries}; ridge takes the first, query-pca the second")
+        got = (
+            " and ".join(name for name, given in (("cross sums", cross), ("query sums", queries)) if given is not None)
+            or "neither"
+        )
+        raise ValueError(
+            f"{method}: got {got}, expected cross sums for ridge, query sums for query-pca, and neither for the others"
+        )
     if method in ("complex-pca", "query-pca") and student.num_kv_heads > heads:
         raise ValueError(
             f"{method}: got {heads} teacher heads for {student.num_kv_heads} student heads, expected no more student heads; "
@@ -116,16 +122,16 @@ def fit_map(
         raise ValueError(f"fit: the sums were taken for rotary pairs {sums.pairs}, expected {rotated_pairs(teacher_rope)}")
     wanted, count = student.num_kv_heads, sums.count
     key = np.zeros((wanted, student.key_dim, heads, key_dim))
-    loudness = None if queries is None else _Loudness(queries)
+    query_weights = None if queries is None else _QueryWeights(queries)
     for number, ((a, b), pair) in enumerate(_matched_pairs(key_dim, student.key_dim, teacher_rope, student_rope)):
-        beside = cross.turning[number] / cross.count if cross else loudness.of_pair(pair) if loudness else None
+        beside = cross.turning[number] / cross.count if cross else query_weights.of_pair(pair) if query_weights else None
         weight = _fit_block(method, sums.turning, pair, count, (wanted, 1), (heads, 1), beside)[:, 0, :, 0]
         c, d = sums.pairs[pair]
         key[:, a, :, c] = key[:, b, :, d] = weight.real
         key[:, b, :, c], key[:, a, :, d] = weight.imag, -weight.imag
     rest = resting_channels(student.key_dim, student_rope)
     if rest and sums.rest:
-        beside = cross.resting / cross.count if cross else loudness.of_resting() if loudness else None
+        beside = cross.resting / cross.count if cross else query_weights.of_resting() if query_weights else None
         weight = _fit_block(method, sums.resting, 0, count, (wanted, len(rest)), (heads, len(sums.rest)), beside)
         key[np.ix_(range(wanted), rest, range(heads), sums.rest)] = weight
     beside = None if cross is None else cross.values / cross.count
@@ -225,7 +231,7 @@ def cross_sums(
     return CrossSums(teacher, student, matched, rest)
 
 
-class _Loudness:
+class _QueryWeights:
     """Square roots of query moments, their mean square over heads and channels 1."""
 
     def __init__(self, queries: QuerySums) -> None:
@@ -263,8 +269,8 @@ def _fit_block(
         return _principal(moments.covariance(count)[block], student[0] * student[1]).reshape(*student, *teacher)
     if method == "query-pca":
         assert beside is not None
-        heard = beside @ moments.covariance(count)[block] @ beside
-        return np.asarray(_principal(heard, student[0] * student[1]) @ beside).reshape(*student, *teacher)
+        weighted = beside @ moments.covariance(count)[block] @ beside
+        return np.asarray(_principal(weighted, student[0] * student[1]) @ beside).reshape(*student, *teacher)
     if method == "ridge":
         assert beside is not None
         second = moments.second[block] / count

@@ -177,7 +177,7 @@ class CrossSums:
 
 
 class QuerySums:
-    """How loud the teacher's queries are where each key head and pair is read; merges as `Sums` does."""
+    """Second moments of the teacher's queries, by the key head and rotary pair they read; merges as `Sums` does."""
 
     def __init__(self, teacher: LayerSpec, rope: RopeSpec | None) -> None:
         self.heads, self.dim = teacher.num_kv_heads, teacher.key_dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -259,13 +260,13 @@ def test_procrustes_finds_the_turns_that_made_one_head_of_another() -> None:
 
 @given(cuts=st.lists(st.integers(1, NUM_TOKENS - 1), max_size=6), shuffle=st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=20)
-def test_sums_of_parts_in_any_order_are_the_sums_of_all(cuts: list[int], shuffle: object) -> None:
+def test_sums_of_parts_in_any_order_are_the_sums_of_all(cuts: list[int], shuffle: random.Random) -> None:
     rope = plain_rope(4, start=2)
     key, value = draw(3, 8)
     whole = sums_of(key, value, rope)
     bounds = [0, *sorted(cuts), NUM_TOKENS]
     parts = [sums_of(key[a:b], value[a:b], rope) for a, b in itertools.pairwise(bounds)]
-    shuffle.shuffle(parts)  # type: ignore[attr-defined]
+    shuffle.shuffle(parts)
     merged = Sums(layer(3, 8), rope)
     for part in parts:
         merged.merge(part)
@@ -424,7 +425,7 @@ def test_sums_of_another_geometry_are_refused() -> None:
         cross_sums(layer(4, 8), layer(2, 8), rope, rope).add((key, value), (key, value))
     with pytest.raises(ValueError, match=r"query sums: got \[300, 3, 8\], expected \[token, a multiple of 4, 8\]"):
         QuerySums(layer(4, 8), rope).add(key[:, :3])
-    with pytest.raises(ValueError, match=r"ridge: got cross sums None"):
+    with pytest.raises(ValueError, match=r"ridge: got neither, expected cross sums for ridge"):
         fit_map("ridge", sums_of(key, value, rope), layer(2, 8), rope, rope)
     with pytest.raises(ValueError, match=r"query-pca: got 4 teacher heads for 8"):
         fitted("query-pca", (4, 8), (8, 8), (rope, rope))
@@ -487,7 +488,7 @@ def test_a_map_that_keeps_everything_keeps_attention() -> None:
     assert attention_cosine(found, key, value, torch.arange(20), rope) == pytest.approx(1, abs=1e-6)
 
 
-def whole_fit(**changed: object) -> Fit:
+def whole_fit(**changed: Any) -> Fit:
     alignment = Alignment.plan(uniform_spec(3, 4, 8), uniform_spec(2, 2, 8))
     maps = {number: fitted("complex-pca", (4, 2), (8, 8), (plain_rope(8), plain_rope(8))) for number in (1, 2)}
     share = {number: Retained(key=0.5, value=0.25) for number in (1, 2)}
@@ -502,7 +503,7 @@ def whole_fit(**changed: object) -> Fit:
         retained_held_out={},
         attention_cosine={1: 0.75},
     )
-    return dataclasses.replace(fit, **changed)  # type: ignore[arg-type]
+    return dataclasses.replace(fit, **changed)
 
 
 def test_a_saved_fit_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -58,18 +58,22 @@ def test_every_pair_is_projected_resampled_and_compared(teacher: str, student: s
     if theirs.geometry == ours.geometry and ropes[0] == ropes[1]:
         assert projected[0] is key
         assert projected[1] is value
-    resampled = [
-        resample_kv_with_interpolation(side.transpose(0, 1)[None], NUM_RESAMPLED)[0].transpose(0, 1) for side in projected
-    ]
+
+    def resample(side: torch.Tensor) -> torch.Tensor:
+        return resample_kv_with_interpolation(side.transpose(0, 1)[None], NUM_RESAMPLED)[0].transpose(0, 1)
+
+    resampled = resample(projected[0]), resample(projected[1])
     channels = key_channels(theirs.key_dim, ours.key_dim, *ropes), spread_channels(theirs.value_dim, ours.value_dim)
     targets = [dense(x, ours.num_kv_heads, chosen, NUM_RESAMPLED) for x, chosen in zip((key, value), channels, strict=True)]
     for found, expected in zip(resampled, targets, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
-    student_kv = [torch.randn(NUM_RESAMPLED, ours.num_kv_heads, ours.key_dim, generator=generator) for _ in range(2)]
-    for side in student_kv:
-        side.requires_grad_()
-    errors = kv_errors([tuple(student_kv)], [tuple(resampled)], torch.ones(1, 2), NUM_RESAMPLED)  # type: ignore[list-item]
+    shape = (NUM_RESAMPLED, ours.num_kv_heads, ours.key_dim)
+    student_kv = (
+        torch.randn(shape, generator=generator).requires_grad_(),
+        torch.randn(shape, generator=generator).requires_grad_(),
+    )
+    errors = kv_errors([student_kv], [resampled], torch.ones(1, 2), NUM_RESAMPLED)
     errors.mean().backward()
     for kind, (side, target) in enumerate(zip(student_kv, targets, strict=True)):
         difference = side.detach().double() - target

@@ -380,20 +380,16 @@ def test_39_the_loss_is_zero_for_equals_and_blind_to_what_is_not_compared(seed: 
 @given(seed=SEEDS, scale=st.floats(0.01, 100), cut=st.integers(1, 6))
 @quick
 def test_40_a_common_scale_and_a_split_batch_leave_the_loss(seed: int, scale: float, cut: int) -> None:
-    sides = [[(normal(seed + 2 * side, 7, 2, 4), normal(seed + 2 * side + 1, 7, 2, 4))] for side in range(2)]
+    ours, theirs = ([normal(seed + 2 * side + kind, 7, 2, 4) for kind in range(2)] for side in range(2))
     variances = torch.tensor([[0.7, 1.9]])
-    whole = kv_errors(sides[0], sides[1], variances, 7)
-    scaled = [[tuple(scale * kind for kind in pair) for pair in side] for side in sides]
-    torch.testing.assert_close(kv_errors(scaled[0], scaled[1], variances * scale**2, 7), whole, rtol=1e-4, atol=0)  # type: ignore[arg-type]
-    parts = [
-        kv_errors(
-            *([tuple(kind[rows] for kind in pair) for pair in side] for side in sides),  # type: ignore[misc]
-            variances,
-            7,
-        )
-        for rows in (slice(0, cut), slice(cut, 7))
-    ]
-    torch.testing.assert_close(parts[0] + parts[1], whole)
+
+    def errors(rows: slice, by: float) -> Tensor:
+        student, teacher = ((by * side[0][rows], by * side[1][rows]) for side in (ours, theirs))
+        return kv_errors([student], [teacher], variances * by**2, 7)
+
+    whole = errors(slice(0, 7), 1.0)
+    torch.testing.assert_close(errors(slice(0, 7), scale), whole, rtol=1e-4, atol=0)
+    torch.testing.assert_close(errors(slice(0, cut), 1.0) + errors(slice(cut, 7), 1.0), whole)
 
 
 @given(seed=SEEDS, heads=st.integers(1, 3))

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.align import build_safe_linear_indices, resample_kv_with_interpolation, safe_time_resample
-from pipeline.align.spans import SpanMap, TokenBytes, align_sample, align_tokens, linear_spans, nearest_spans
+from pipeline.align.spans import SpanMap, align_sample, align_tokens, linear_spans, nearest_spans
+from pipeline.align.token_bytes import TokenBytes
 from tests.checkpoints import byte_tokenizer
 
 ODD = [

@@ -54,7 +54,7 @@ def test_every_token_is_predicted_from_those_before_it_in_its_sample(model: Path
 
 
 def _tokens(content: bytes) -> list[str]:
-    from pipeline.align.spans import _BYTES
+    from pipeline.align.token_bytes import _BYTES
 
     symbols = {byte: symbol for symbol, byte in _BYTES.items()}
     return [symbols[byte] for byte in content]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from kvstore import KVStoreError, open_store
 from kvstore.calibration import calibration_mask
 from kvstore.manifest import write_manifest
+from kvstore.reader import KVBatch, Store
 from kvstore.spec import KVSpec
 from kvstore.storage import locate
 from pipeline.align.fit import Fit
@@ -190,6 +192,14 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Pat
     return teacher, student, folder / "kv"
 
 
+def fitted_samples(store: Store) -> Iterator[tuple[KVBatch, np.ndarray]]:
+    """The last layer of every sample that is not held out, and which of its tokens count."""
+    for index in range(len(store)):
+        if int((index + 1) * 0.1) == int(index * 0.1):
+            batch = store.read([index], [3])
+            yield batch, calibration_mask([len(batch.input_ids)])
+
+
 def test_ridge_fits_every_student_layer_to_the_students_own_numbers(extracted: tuple[Path, Path, Path], tmp_path: Path) -> None:
     _, student, raw = extracted
     arguments = [
@@ -211,9 +221,7 @@ def test_ridge_fits_every_student_layer_to_the_students_own_numbers(extracted: t
     spec, alignment = probe_kv_spec(model), fit.alignment
     side, rope = spec.layer(0), store.spec.rope_of(3)
     sums, cross = Sums(store.spec.layer(3), rope), cross_sums(store.spec.layer(3), side, rope, spec.rope_of(0))
-    for index in [number for number in range(len(store)) if int((number + 1) * 0.1) == int(number * 0.1)]:
-        batch = store.read([index], [3])
-        counts = calibration_mask([len(batch.input_ids)])
+    for batch, counts in fitted_samples(store):
         ours = capture_kv(model, spec, torch.from_numpy(batch.input_ids.astype(np.int64))[None])
         sums.add(batch.key[0][counts], batch.value[0][counts])
         for layer in (0, 1):
@@ -247,9 +255,7 @@ def test_query_pca_listens_to_the_teachers_own_queries(extracted: tuple[Path, Pa
     attention = model.model.layers[3].self_attn
     seen: list[torch.Tensor] = []
     attention.q_proj.register_forward_hook(lambda _module, _args, out: seen.append(out[0]))
-    for index in [number for number in range(len(store)) if int((number + 1) * 0.1) == int(number * 0.1)]:
-        batch = store.read([index], [3])
-        counts = calibration_mask([len(batch.input_ids)])
+    for batch, counts in fitted_samples(store):
         with torch.no_grad():
             model(input_ids=torch.from_numpy(batch.input_ids.astype(np.int64))[None])
         sums.add(batch.key[0][counts], batch.value[0][counts])

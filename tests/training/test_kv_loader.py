@@ -204,7 +204,7 @@ def test_another_seed_or_batch_size_is_another_plan_and_balance_is_not(store: St
     state = KVLoader(store, batch_size=4).state_dict()
     for over in ({"seed": 1}, {"batch_size": 2}, {"shuffle": "global"}, {"tail": "pad"}):
         with pytest.raises(ValueError, match="plan_hash"):
-            KVLoader(store, **{"batch_size": 4, **over}).load_state_dict(state)  # type: ignore[arg-type]
+            KVLoader(store, **{"batch_size": 4, **over}).load_state_dict(state)
     KVLoader(store, batch_size=4, balance=True, layers=()).load_state_dict(state)
 
 
@@ -265,7 +265,7 @@ def test_reading_ahead_keeps_to_its_budget_and_one_batch_is_always_admitted(
             break
         time.sleep(0.05)
     assert slow.begun == 5, "all that follow are read while the first is in use"
-    generous.close()  # type: ignore[attr-defined]
+    generous.close()
 
 
 def test_an_error_comes_where_its_batch_would_and_leaves_nothing_running(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_a_loop_that_stops_early_leaves_no_threads(store: Store, how: str) -> No
     if how == "close":
         batches = iter(loader)
         next(batches)
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     else:
         try:
             for _ in loader:

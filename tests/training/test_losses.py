@@ -217,8 +217,8 @@ def test_cosine_is_blind_to_length_and_counts_heads() -> None:
     longer = [tuple(3.0 * side for side in pair) for pair in teacher]
     opposite = [tuple(-side for side in pair) for pair in teacher]
     ones = torch.ones(1, 2)
-    assert kv_errors(longer, teacher, ones, 3, loss="cosine").abs().max() < 1e-6  # type: ignore[arg-type]
-    torch.testing.assert_close(kv_errors(opposite, teacher, ones, 3, loss="cosine"), torch.full((1, 2), 2.0))  # type: ignore[arg-type]
+    assert kv_errors(longer, teacher, ones, 3, loss="cosine").abs().max() < 1e-6
+    torch.testing.assert_close(kv_errors(opposite, teacher, ones, 3, loss="cosine"), torch.full((1, 2), 2.0))
 
 
 def relation_written_out(ours: Tensor, theirs: Tensor, heads: int) -> list[float]:
@@ -261,9 +261,9 @@ def test_the_relation_loss_does_not_see_a_turn_within_a_relation_head_but_everyt
     turn = torch.linalg.qr(normal(6, 6, seed=5))[0]
     turned = [tuple(side @ turn for side in pair) for pair in teacher]
     ones = torch.ones(1, 2)
-    assert kv_errors(turned, teacher, ones, 9, loss="relation", samples=samples).abs().max() < 1e-5  # type: ignore[arg-type]
+    assert kv_errors(turned, teacher, ones, 9, loss="relation", samples=samples).abs().max() < 1e-5
     swapped = [tuple(side.flip(0) for side in pair) for pair in teacher]
-    assert kv_errors(swapped, teacher, ones, 9, loss="relation", samples=samples).min() > 0.1  # type: ignore[arg-type]
+    assert kv_errors(swapped, teacher, ones, 9, loss="relation", samples=samples).min() > 0.1
 
 
 def test_the_relation_loss_needs_to_know_the_samples() -> None:
@@ -285,8 +285,8 @@ def test_of_every_loss_micro_batches_add_up_and_gradients_are_the_students_alone
     def errors(rows: slice) -> Tensor:
         pick = [[tuple(side[rows] for side in pair) for pair in both] for both in (student, teacher)]
         return kv_errors(
-            pick[0],  # type: ignore[arg-type]
-            pick[1],  # type: ignore[arg-type]
+            pick[0],
+            pick[1],
             VARIANCES,
             18 if weighted else 7,
             None if weights is None else weights[rows],

@@ -647,6 +647,18 @@ def test_a_run_on_a_mixture_draws_shares_and_resumes(
     assert weights(resumed.out) == weights(straight.out)
 
 
+def test_a_sample_that_two_stores_have_is_not_held_out_of_one_and_trained_on_in_the_other(
+    source: Source, store_path: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    other = write_store(
+        tmp_path / "other", source, codec="q8", documents=[f"elsewhere-{n}" for n in range(44)], tokenizer=tokenizer_folder
+    )
+    samples = Mixture([str(store_path), str(other)]).samples
+    train, held_out = split_held_out(samples.ids, samples.source, samples.num_tokens, fraction=0.2, max_tokens=10**6)
+    assert len(held_out) > 4
+    assert not {samples.ids[index] for index in held_out} & {samples.ids[index] for index in train}
+
+
 def test_stores_of_other_teachers_are_not_mixed(store_path: Path, student: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     stranger = teacher_source(make_texts(10), seed=5)
     other = write_store(tmp_path / "other", stranger, codec="raw", tokenizer=tokenizer_folder, signal={"weights": "others"})
