@@ -71,6 +71,8 @@ def fit(
     from pipeline.models.load import build_student, load_tokenizer
     from pipeline.models.probe import probe_kv_spec
 
+    if not out.parent.is_dir():
+        raise click.UsageError(f"--out: {out.parent} is no folder; make it first, or choose another file")
     opened = open_store(store)
     if opened.tokenizer_path is None:
         raise KVStoreError(f"{opened.location}: got no tokenizer, expected the one 'kvpipe extract' keeps in a store")

@@ -17,7 +17,9 @@ import pytest
 from kvstore import open_store
 from kvstore.codec import CODECS
 from pipeline.cli import cli
+from pipeline.config import load_config
 from tests.stores import random_source, small_spec, write_store
+from training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +41,8 @@ def test_a_kvpipe_command_of_the_readme_parses_and_its_files_exist(line: str) ->
     with command.make_context(verb, arguments) as context:
         config = context.params.get("config")
         assert config is None or (ROOT / config).is_file()
+        if verb == "train" and config is None:
+            load_config(TrainConfig, "train", None, context.params["settings"], {"store": "s", "student": "s", "out": "o"})
     with contextlib.suppress(ValueError):
         position = arguments.index("--config")
         assert isinstance(command, click.Command)

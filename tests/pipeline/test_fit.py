@@ -277,6 +277,7 @@ def test_models_that_are_not_the_stores_are_refused(extracted: tuple[Path, Path,
     for arguments, message in (
         (["--student", str(fresh), "--method", "ridge"], "has fresh weights, expected a pretrained one"),
         (["--student", str(student), "--method", "query-pca"], "--method query-pca needs --teacher"),
+        (["--student", str(student), "--out", str(tmp_path / "no" / "maps.safetensors")], "no is no folder; make it first"),
         (["--student", str(student), "--teacher", str(teacher)], "--method complex-pca takes no --teacher"),
         (["--student", str(student), "--method", "query-pca", "--teacher", str(student)], "name the teacher of this store"),
     ):
