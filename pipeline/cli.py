@@ -214,7 +214,7 @@ def _run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; what is committed is kept, and the same command goes on from there")
+        say("interrupted; what is committed or saved is kept, and the same command goes on from there (train with --resume)")
         sys.exit(130)
     except (ValueError, OSError) as error:
         say(f"error: {error}")

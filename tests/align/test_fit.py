@@ -408,6 +408,22 @@ def test_weighted_by_queries_components_keep_attention_scores_that_plain_ones_lo
     assert retained_variance(weighted, sums).key < retained_variance(plain, sums).key
 
 
+def test_what_query_components_give_are_the_leading_components_of_the_weighted_keys() -> None:
+    """y = U^H S z of the eigenvectors U of S C S: its covariance is diagonal and holds the leading eigenvalues."""
+    rope = plain_rope(8)
+    key, value = draw(4, 8)
+    query = query_of(key).reshape(NUM_TOKENS, 4, 2, 8)
+    found, _ = fitted("query-pca", (4, 2), (8, 8), (rope, rope)).project(torch.from_numpy(key), torch.from_numpy(value))
+    mean_square = float((query**2).mean(axis=(0, 2)).mean())
+    for pair in range(4):
+        weights = (query[..., pair] ** 2 + query[..., pair + 4] ** 2).mean(axis=(0, 2)) / 2 / mean_square
+        z, y = (x[..., pair] + 1j * x[..., pair + 4] for x in (key, found.numpy()))
+        weighted = (z - z.mean(axis=0)) * np.sqrt(weights)
+        expected = np.linalg.svd(weighted, compute_uv=False)[:2] ** 2
+        centred = y - y.mean(axis=0)
+        np.testing.assert_allclose(centred.conj().T @ centred, np.diag(expected), rtol=1e-4, atol=1e-4 * expected[0])
+
+
 def test_equally_loud_queries_change_nothing() -> None:
     rope = plain_rope(4, start=2)
     key, value = draw(4, 8)

@@ -10,7 +10,8 @@ import torch
 
 from pipeline.align import Alignment
 from tests.align.cases import uniform_spec
-from training.adapters import KVAdapters
+from training.adapters import ADAPTERS, KVAdapters
+from training.distill import KVDistillTrainer
 
 GEOMETRIES = [((4, 16), (2, 16)), ((2, 8), (4, 8)), ((4, 16), (2, 8)), ((6, 8), (4, 8)), ((3, 8), (3, 8))]
 KINDS: tuple[Literal["orthogonal", "linear"], ...] = ("orthogonal", "linear")
@@ -90,3 +91,11 @@ def test_a_step_without_a_kv_loss_still_reaches_every_parameter() -> None:
     adapters = KVAdapters(plan((4, 16), (2, 8)), "orthogonal")
     adapters.untouched().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in adapters.parameters())
+
+
+def test_weight_decay_is_for_the_student_alone() -> None:
+    model = torch.nn.Module()
+    model.head = torch.nn.Linear(4, 4)
+    model.add_module(ADAPTERS, KVAdapters(plan((4, 16), (2, 8)), "linear"))
+    trainer = KVDistillTrainer.__new__(KVDistillTrainer)
+    assert trainer.get_decay_parameter_names(model) == ["head.weight"]
