@@ -190,7 +190,7 @@ def _held_out_rows(corpus: Path, tokenizer: Any, recipe: dict[str, Any]) -> set[
     from pipeline.data.samples import Cutter
     from pipeline.data.windows import Limits, Windows
     from training.config import TrainConfig
-    from training.sampler import split_held_out
+    from training.held_out import split_held_out
 
     settings = TrainConfig(store=str(corpus), student="", out=corpus, **recipe["train"])
     cutter = Cutter(tokenizer=tokenizer, seq_len=int(recipe["extract"]["seq_len"]))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.options import CONFIG_OPTIONS, misuse, with_options
 from pipeline.terminal import print_record, progress_bar, say
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+    from training.run_folder import TrainSummary
 
 
 @click.command()
@@ -22,14 +27,37 @@ from pipeline.terminal import print_record, progress_bar, say
 @click.option("--kv-weight", type=float, help="Weight of the KV loss while it is on [1].")
 @click.option("--ce-only", is_flag=True, default=None, help="Cross-entropy alone: the same run without the teacher's KV.")
 @click.option("--seed", type=int, help="Initialisation and data order [0].")
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(0),
+    help="Train on so many ranks that Ray Train starts, one per GPU; 0 for as many as there are GPUs, or nodes.",
+)
+@click.option("--ray-address", help="A running Ray cluster for --ray-workers: 'auto', or host:port.")
 @click.option("--resume", is_flag=True, default=None, help="Continue the run in --out from its last checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @with_options(CONFIG_OPTIONS)
-def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def train(
+    config: Path | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    ray_workers: int | None,
+    ray_address: str | None,
+    **flags: Any,
+) -> None:
     """Train a student from a store, with no teacher in memory.
 
     The trained student in OUT/model loads with transformers' AutoModelForCausalLM where kvpipe is not installed.
+
+    Several ranks train as one: the same batches, the same losses. On one machine start them with torchrun, on a cluster with
+    --ray-workers, or with whatever sets RANK and WORLD_SIZE; --set fsdp=true shards the student over them.
+
+    \b
+    kvpipe train --store kv --student qwen2-0.5b --out runs/kv
+    torchrun --nproc-per-node 8 -m pipeline.cli train --store kv --student qwen2-0.5b --out runs/kv
+    kvpipe train --store kv --student qwen2-0.5b --out runs/kv --ray-workers 16 --ray-address auto
     """
+    if ray_address and ray_workers is None:
+        raise click.UsageError("--ray-address needs --ray-workers: how many ranks, or 0 for one per GPU")
     from pipeline.config import load_config
     from training.config import TrainConfig
 
@@ -42,8 +70,31 @@ def train(config: Path | None, settings: tuple[str, ...], as_json: bool, **flags
         from pipeline.match_layers import written_out
 
         chosen = chosen.model_copy(update={"layer_map": written_out("cka", chosen.store, chosen.student, say)})
-    summary = run_training(chosen, say)
+    summary = run_training(chosen, say) if ray_workers is None else _train_on_ray(chosen, ray_workers, ray_address)
     print_record(summary.model_dump(mode="json", exclude=set() if as_json else {"config"}), as_json)
+
+
+def _train_on_ray(config: TrainConfig, workers: int, address: str | None) -> TrainSummary:
+    """Run on ranks that Ray starts, with a bar here that follows the run's metrics."""
+    from pipeline.executors.ray_train import run_ranks
+    from training.meters import following
+    from training.run_folder import RunFolder
+    from training.trainer import run_training
+
+    folder = RunFolder(config.out)
+    folder.refuse_unless_resuming(config.resume)
+    with following(config.out, config.steps):
+        run_ranks(
+            functools.partial(run_training, config),
+            workers=workers,
+            address=address,
+            device=config.device,
+            shared=config.out.parent,
+            name=f".{config.out.name}-ray",
+        )
+    summary = folder.summary()
+    assert summary is not None, "rank 0 has finished"
+    return summary
 
 
 @click.command("eval")

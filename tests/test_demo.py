@@ -18,7 +18,7 @@ from kvstore import open_store
 from pipeline.demo import byte_tokenizer, run_demo, stdlib_sources, write_corpus
 from pipeline.presets_path import configs_dir
 from tests.experiments import train_student
-from training.sampler import split_held_out
+from training.held_out import split_held_out
 
 
 def test_the_byte_tokenizer_numbers_bytes_by_their_value() -> None:

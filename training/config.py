@@ -30,6 +30,11 @@ class TrainConfig(BaseModel):
     """Samples per optimizer step over all ranks and micro-batches; 16 windows were used in research/alignment.md 7."""
     micro_batch_size: Positive | None = None
     """Samples per forward pass of one rank: less memory, the same data. None for an equal share of batch_size per rank."""
+    batch_tokens: Positive | None = None
+    """Most tokens per optimizer step, in place of batch_size, for samples of very unequal length; a longer one comes alone. Every sample
+    comes once a pass, so there is no tail."""
+    micro_batch_tokens: Positive | None = None
+    """With batch_tokens about how many tokens per forward pass of one rank; None for an equal share per rank."""
     learning_rate: float = Field(default=3e-4, gt=0.0)
     """Peak learning rate, cosine to 0. Usual for fresh students of 0.1-1B; tiny ones want 6e-3, pretrained ones about 2e-5."""
     warmup: Fraction = 0.03
@@ -97,6 +102,10 @@ class TrainConfig(BaseModel):
     """Precision of the forward pass; weights and losses stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes an accelerator if there is one."""
+    torch_compile: bool = False
+    """Compile the student's parts around its attention with torch.compile: norms and MLPs. Attention has kernels of its own."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer over the ranks (FSDP2) instead of a copy of each on every rank."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     threads: Positive | None = None
@@ -114,6 +123,9 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"micro_batch_size: got {self.micro_batch_size}, expected a divisor of batch_size {self.batch_size}"
             )
+        self._budget_agrees()
+        if self.fsdp and self.adapter != "none":
+            raise ValueError(f"adapter: got {self.adapter} with fsdp, expected none there: adapters are not sharded")
         if self.adapter != "none" and (self.kv_loss == "relation" or self.kv_steps == 0):
             reason = "no KV loss" if self.kv_steps == 0 else "kv_loss relation, which compares unlike geometries as they are"
             raise ValueError(f"adapter: got {self.adapter} with {reason}, expected none there")
@@ -126,6 +138,20 @@ class TrainConfig(BaseModel):
         if self.shuffle_targets and self.batch_size == 1:
             raise ValueError("shuffle_targets: a batch of 1 has no other sample; set batch_size to 2 or more")
         return self
+
+    def _budget_agrees(self) -> None:
+        if self.batch_tokens is None and self.micro_batch_tokens is not None:
+            raise ValueError("micro_batch_tokens: set without batch_tokens, expected micro_batch_size there")
+        if self.batch_tokens is not None and self.micro_batch_size is not None:
+            raise ValueError("micro_batch_size: set with batch_tokens, expected micro_batch_tokens there")
+        if self.batch_tokens is not None and self.shuffle_targets:
+            raise ValueError(
+                "shuffle_targets: set with batch_tokens, but a batch of one sample has no other; expected batch_size"
+            )
+        if (self.micro_batch_tokens or 0) > (self.batch_tokens or 0):
+            raise ValueError(
+                f"micro_batch_tokens: got {self.micro_batch_tokens}, expected at most batch_tokens {self.batch_tokens}"
+            )
 
     @property
     def kv_steps(self) -> int:

@@ -29,7 +29,7 @@ from kvstore.calibration import channels_of
 from kvstore.codec import KINDS, Kind
 from kvstore.reader import CodeBatch, Store
 from kvstore.records import fingerprint
-from training.order import Shuffle
+from training.order import Shards, Shuffle
 from training.sampler import BatchPlan, KVBatchSampler, SampleBatch, SampleTable, Tail
 
 STATE_VERSION = 1
@@ -94,7 +94,8 @@ class KVLoader:
         self,
         store: Store,
         *,
-        batch_size: int,
+        batch_size: int = 16,
+        batch_tokens: int | None = None,
         layers: Sequence[int] | None = None,
         seed: int = 0,
         shuffle: Shuffle = "windowed",
@@ -106,10 +107,11 @@ class KVLoader:
         device: torch.device | str = "cpu",
         prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
-        """Plan over all samples of a store.
+        """Plan over all samples of a store, by the summary of its shards alone; columns of samples are read for the first batch.
 
         Args:
             batch_size: samples of a global batch, over all ranks.
+            batch_tokens: most tokens of a global batch instead, so that batches differ in their samples and epochs in their batches.
             layers: teacher layers to read; None for all, () for tokens alone.
             window_bytes: decoded bytes of whole shards among which samples are shuffled.
             tail: what becomes of samples that fill no whole batch.
@@ -120,17 +122,12 @@ class KVLoader:
         self.store, self.device = store, torch.device(device)
         self.layers = store.spec.layer_numbers if layers is None else tuple(layers)
         store.spec.select(self.layers or store.spec.layer_numbers)
-        samples, learnt = store.samples, store.count_learnt(1)
-        table = SampleTable(
-            index=np.arange(len(samples)),
-            shard=samples.shard,
-            num_tokens=samples.num_tokens,
-            count=samples.count,
-            predicted=learnt,
-            compared=store.count_compared(),
-        )
+        summary = store.samples.summary
+        sizes = [np.asarray(summary[name].to_numpy(), dtype=np.int64) for name in ("num_samples", "num_tokens")]
+        shards = Shards(*(column[sizes[0] > 0] for column in sizes))
         self._plan = BatchPlan(
             batch_size=batch_size,
+            batch_tokens=batch_tokens,
             seed=seed,
             window_tokens=max(window_bytes // (4 * store.spec.values_per_token), 1),
             kv_steps=0,
@@ -138,14 +135,26 @@ class KVLoader:
             tail=tail,
             balance=balance,
         )
-        self._sampler = KVBatchSampler(table, self._plan, rank=rank, world_size=world_size)
+        self._sampler = KVBatchSampler(self._table, self._plan, shards=shards, rank=rank, world_size=world_size)
         self._prefetch_bytes = prefetch_bytes
         self._on_device: dict[tuple[int, Kind], tuple[Tensor | None, Tensor | None]] = {}
         self._epoch = self._consumed = 0
+        self._known_cuts: tuple[int, Int64[np.ndarray, "boundary"]] | None = None
+
+    def _table(self) -> SampleTable:
+        samples = self.store.samples
+        return SampleTable(
+            index=np.arange(len(samples)),
+            shard=samples.shard,
+            num_tokens=samples.num_tokens,
+            count=samples.count,
+            predicted=self.store.count_learnt(1),
+            compared=self.store.count_compared(),
+        )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self._sampler.steps_per_epoch
+        """Batches of the whole epoch that the next batch is of."""
+        return len(self._cuts) - 1
 
     @property
     def dropped(self) -> int:
@@ -154,7 +163,7 @@ class KVLoader:
 
     @property
     def padded(self) -> int:
-        """Samples of weight 0 each epoch adds."""
+        """Samples of weight 0 that fill up batches; with `batch_tokens` those of the first epoch."""
         return self._sampler.padded
 
     @property
@@ -186,16 +195,14 @@ class KVLoader:
                     "batch_size"
                 )
         epoch, consumed = state.get("epoch"), state.get("samples_consumed")
-        whole = len(self) * self._plan.batch_size
-        if not isinstance(epoch, int) or not isinstance(consumed, int) or not 0 <= consumed < max(whole, 1) or epoch < 0:
+        if not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"state: got epoch {epoch!r}, expected a whole number from 0 on")
+        cuts = self._sampler.cuts(epoch)
+        if not isinstance(consumed, int) or consumed not in cuts[:-1]:
             raise ValueError(
-                f"state: got epoch {epoch!r}, samples_consumed {consumed!r}, expected epoch >= 0 and 0 to {whole - 1}"
+                f"state: got samples_consumed {consumed!r}, expected the end of a batch of epoch {epoch}: {_some(cuts)}"
             )
-        if consumed % self._plan.batch_size:
-            raise ValueError(
-                f"state: got samples_consumed {consumed}, expected a multiple of batch_size {self._plan.batch_size}"
-            )
-        self._epoch, self._consumed = epoch, consumed
+        self._epoch, self._consumed = epoch, int(consumed)
 
     @property
     def _plan_hash(self) -> str:
@@ -203,9 +210,16 @@ class KVLoader:
         plan.pop("balance")  # changes who gets which sample of a batch, not the batch
         return fingerprint(plan)
 
+    @property
+    def _cuts(self) -> Int64[np.ndarray, "boundary"]:
+        if self._known_cuts is None or self._known_cuts[0] != self._epoch:
+            self._known_cuts = self._epoch, self._sampler.cuts(self._epoch)
+        return self._known_cuts[1]
+
     def __iter__(self) -> Iterator[PackedBatch]:
-        self._sampler.set_epoch(self._epoch)
-        requests = self._sampler.batches_from(self._consumed // self._plan.batch_size)
+        cuts = self._cuts
+        done = int(np.searchsorted(cuts, self._consumed))
+        requests = self._sampler.batches_of(self._epoch, done)
         pending: deque[tuple[int, SampleBatch, Future[CodeBatch | PackedBatch]]] = deque()
         executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-loader")
         try:
@@ -220,8 +234,9 @@ class KVLoader:
                 read = future.result()
                 in_flight -= size
                 batch = self._pack(request, read) if isinstance(read, CodeBatch) else read
-                self._consumed += self._plan.batch_size
-                if self._consumed >= len(self) * self._plan.batch_size:
+                done += 1
+                self._consumed = int(cuts[done])
+                if done == len(cuts) - 1:
                     self._epoch, self._consumed = self._epoch + 1, 0
                 yield batch
         finally:
@@ -291,3 +306,9 @@ class KVLoader:
         if self.device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _some(cuts: Int64[np.ndarray, "boundary"]) -> str:
+    """The places between batches, as many as can be read."""
+    shown = ", ".join(map(str, cuts[:4].tolist()))
+    return shown if len(cuts) <= 5 else f"{shown}, ... {cuts[-2]}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +102,36 @@ class RunFlow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         return control
 
 
+_SHOWN = {"ce": "ce", "kv_loss": "kv", "eval_nats_per_byte": "held-out nats/byte"}
+"""Losses beside a bar, by their names in the metrics."""
+
+
+@contextlib.contextmanager
+def following(out: Path, steps: int) -> Iterator[None]:
+    """A bar on stderr for a run that other processes make: read once a second off the metrics in its folder."""
+    over = threading.Event()
+    with tqdm(total=steps, unit="step", file=sys.stderr) as bar:
+
+        def update() -> None:
+            records = read_metrics(out / METRICS)
+            newest = {shown: f"{record[name]:.3f}" for record in records for name, shown in _SHOWN.items() if name in record}
+            bar.set_postfix(newest, refresh=False)
+            bar.update((records[-1]["step"] if records else 0) - bar.n)
+
+        def poll() -> None:
+            while not over.wait(1.0):
+                update()
+
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            update()
+
+
 class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """A bar on stderr with the newest losses."""
 
@@ -116,10 +148,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             self._bar.update()
 
     def on_log(self, *_args: Any, logs: Mapping[str, Any], **_kwargs: Any) -> None:
-        names = {"ce": "ce", "kv_loss": "kv", "eval_nats_per_byte": "held-out nats/byte"}
         if "ce" in logs and "kv_loss" not in logs:
             self._shown.pop("kv", None)
-        self._shown |= {shown: f"{logs[name]:.3f}" for name, shown in names.items() if name in logs}
+        self._shown |= {shown: f"{logs[name]:.3f}" for name, shown in _SHOWN.items() if name in logs}
         if self._bar is not None:
             self._bar.set_postfix(self._shown)
 

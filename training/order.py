@@ -5,6 +5,7 @@ Numpy only, and of its random numbers only what it promises never to change. Kno
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -26,14 +27,26 @@ def permutation(n: int, *key: object) -> Int64[np.ndarray, "n"]:
     return np.argsort(generator.random_raw(n), kind="stable").astype(np.int64)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shards:
+    """What lies in each shard, in the order of the samples: all that an order is made from."""
+
+    num_samples: Int64[np.ndarray, "shard"]
+    num_tokens: Int64[np.ndarray, "shard"]
+
+    @staticmethod
+    def of(shard: Int[np.ndarray, "sample"], num_tokens: Int[np.ndarray, "sample"]) -> Shards:
+        """Of samples that are ordered by their shard."""
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(shard)) + 1]) if len(shard) else np.zeros(0, dtype=np.int64)
+        sizes = np.diff(starts, append=len(shard)).astype(np.int64)
+        return Shards(sizes, np.add.reduceat(num_tokens.astype(np.int64), starts) if len(shard) else sizes)
+
+    def __len__(self) -> int:
+        return int(self.num_samples.sum())
+
+
 def epoch_order(
-    shard: Int[np.ndarray, "sample"],
-    num_tokens: Int[np.ndarray, "sample"],
-    *,
-    seed: int,
-    epoch: int,
-    window_tokens: int,
-    shuffle: Shuffle = "windowed",
+    shards: Shards, *, seed: int, epoch: int, window_tokens: int, shuffle: Shuffle = "windowed"
 ) -> Int64[np.ndarray, "sample"]:
     """Order the samples of one epoch: shards permuted, then samples permuted inside windows of whole shards.
 
@@ -41,29 +54,38 @@ def epoch_order(
         window_tokens: a window takes shards until it has this many tokens; one shard at least.
         shuffle: `global` permutes all samples at once, `none` leaves them as they lie.
     """
-    by_shard = np.argsort(shard, kind="stable")
-    if len(shard) == 0 or shuffle == "none":
-        return by_shard
+    total = len(shards)
+    if total == 0 or shuffle == "none":
+        return np.arange(total, dtype=np.int64)
     if shuffle == "global":
-        return permutation(len(shard), seed, epoch, "global")
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(shard[by_shard])) + 1])
-    order = permutation(len(starts), seed, epoch, "shards")
+        return permutation(total, seed, epoch, "global")
+    order = permutation(len(shards.num_samples), seed, epoch, "shards")
     # Windows are cut greedily along the permuted shards, by running sums: a loop over them alone, not over samples.
-    sizes = np.add.reduceat(num_tokens[by_shard].astype(np.int64), starts)[order]
-    window_of = np.empty(len(starts), dtype=np.int64)
+    window_of = np.empty(len(order), dtype=np.int64)
     number = filled = 0
-    for place, size in enumerate(sizes.tolist()):
+    for place, size in enumerate(shards.num_tokens[order].tolist()):
         if filled >= window_tokens:
             number, filled = number + 1, 0
         window_of[place] = number
         filled += size
-    ends = np.append(starts[1:], len(shard))
-    lengths = (ends - starts)[order]
-    joined = np.repeat(starts[order] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths) + np.arange(len(shard))
-    members = by_shard[joined]
+    starts, lengths = (np.cumsum(shards.num_samples) - shards.num_samples)[order], shards.num_samples[order]
+    members = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
     firsts = np.searchsorted(np.repeat(window_of, lengths), np.arange(number + 1))
     windows = np.split(members, firsts[1:])
     return np.concatenate([window[permutation(len(window), seed, epoch, "window", at)] for at, window in enumerate(windows)])
+
+
+def cut_by_tokens(num_tokens: Int[np.ndarray, "sample"], budget: int) -> Int64[np.ndarray, "boundary"]:
+    """Cut samples, in their order, into runs of at most `budget` tokens, each as long as it can be; a longer sample is a run of its own.
+
+    Run i has samples cuts[i]:cuts[i + 1].
+    """
+    ends = np.cumsum(num_tokens, dtype=np.int64)
+    cuts = [0]
+    while cuts[-1] < len(ends):
+        before = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
+        cuts.append(max(int(np.searchsorted(ends, before + budget, side="right")), cuts[-1] + 1))
+    return np.array(cuts, dtype=np.int64)
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:

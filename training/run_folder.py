@@ -20,7 +20,10 @@ MODEL = "model"
 PLOT = "loss.png"
 
 FREE_FIELDS = frozenset(
-    {"store", "out", "resume", "threads", "workers", "device", "report_to", "micro_batch_size", "activation_checkpointing"}
+    {
+        *("store", "out", "resume", "device", "threads", "workers", "report_to"),
+        *("micro_batch_size", "micro_batch_tokens", "activation_checkpointing", "torch_compile", "fsdp"),
+    }
 )
 """Settings a resumed run may change: they say where and how it computes, not what."""
 

@@ -1,4 +1,4 @@
-"""Which samples make a batch, and which are held out: pure functions of the store's sample table.
+"""Which samples make a batch: a pure function of the store's sample table.
 
 Numpy only: no torch, no files. Every stored sample is seen once per epoch; how often the data had it is its weight.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Int64
 
-from training.order import Shuffle, epoch_order, mixed_order
+from training.order import Shards, Shuffle, cut_by_tokens, epoch_order, mixed_order
 
 Tail = Literal["drop", "pad", "short"]
 """What becomes of samples that fill no whole global batch: left out; filled up with samples of weight 0; or a smaller batch, filled up
@@ -47,51 +48,6 @@ class SampleTable:
             for field in dataclasses.fields(self)
         }
         return SampleTable(**chosen)
-
-
-def split_held_out(
-    ids: Sequence[str],
-    source: Sequence[str],
-    num_tokens: Int[np.ndarray, "sample"],
-    *,
-    fraction: float,
-    max_tokens: int,
-) -> tuple[Int64[np.ndarray, "train"], Int64[np.ndarray, "held_out"]]:
-    """Split samples by document, so that no document has pieces on both sides; by sample where there is one document.
-
-    Documents come in the order of their smallest sample id, which is a hash of content, so names and places of files play no
-    part; they are held out as long as they fit, and if none fits, the smallest is.
-
-    Args:
-        fraction: largest share of all tokens to hold out.
-        max_tokens: largest number of tokens to hold out.
-
-    Raises:
-        ValueError: something is to be held out of fewer than two samples.
-    """
-    everything = np.arange(len(ids), dtype=np.int64)
-    if fraction == 0:
-        return everything, everything[:0]
-    if len(ids) < 2:
-        raise ValueError(
-            f"eval_fraction: got {fraction}, but the store has {len(ids)} sample(s); hold out none with --set eval_fraction=0"
-        )
-    names = ids if len(set(source)) < 2 else source
-    smallest: dict[str, str] = {}
-    for name, identity in zip(names, ids, strict=True):
-        smallest[name] = min(identity, smallest.get(name, identity))
-    documents = sorted(smallest, key=smallest.__getitem__)
-    number = {name: index for index, name in enumerate(documents)}
-    group = np.fromiter((number[name] for name in names), dtype=np.int64, count=len(names))
-    tokens = np.bincount(group, weights=num_tokens).astype(np.int64)
-    budget = min(fraction * int(tokens.sum()), max_tokens)
-    chosen: list[int] = []
-    for index in range(len(documents)):
-        if tokens[index] <= budget and len(chosen) < len(documents) - 1:
-            chosen.append(index)
-            budget -= int(tokens[index])
-    held_out = np.isin(group, chosen or [int(np.argmin(tokens))])
-    return everything[~held_out], everything[held_out]
 
 
 class SampleBatch(list[int]):
@@ -129,6 +85,8 @@ class BatchPlan:
 
     batch_size: int
     """Samples per optimizer step, over all ranks and micro-batches."""
+    batch_tokens: int | None = None
+    """Most tokens of an optimizer step, in place of `batch_size`; a longer sample comes alone. Every sample comes, so there is no tail."""
     seed: int
     window_tokens: int
     """Samples are shuffled inside windows of whole shards of at least this many tokens."""
@@ -144,26 +102,7 @@ class BatchPlan:
     """How much of each store is drawn, by its number; empty draws every sample once."""
 
 
-def held_out_batches(table: SampleTable, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[SampleBatch]:
-    """One rank's batches of one pass in store order, without keys and values; the last may be short."""
-    batches = []
-    for first in range(rank * batch_size, len(table), world_size * batch_size):
-        rows = slice(first, first + batch_size)
-        batches.append(
-            SampleBatch(
-                table.index[rows].tolist(),
-                step=0,
-                num_predicted=int((table.count[rows] * table.predicted[rows]).sum()),
-                targets=None,
-                num_targets=0,
-                num_computed=int(table.predicted[rows].sum()),
-                weights=_weights(table.count[rows]),
-            )
-        )
-    return batches
-
-
-def _weights(count: Int[np.ndarray, "sample"]) -> list[int] | None:
+def weights_of(count: Int[np.ndarray, "sample"]) -> list[int] | None:
     """Counts as weights; None for ones, which the loss then leaves out of its arithmetic."""
     return None if (count == 1).all() else count.tolist()
 
@@ -173,65 +112,84 @@ class KVBatchSampler:
 
     Serves as `batch_sampler` of a torch DataLoader over a map-style dataset; batches are skipped without a read. What becomes of
     samples that fill no whole global batch is the plan's `tail`; `dropped` and `padded` say how many they are.
+
+    With a budget of tokens, passes over the samples differ in their number of steps, but loops such as the Trainer's count epochs of
+    equal length: iterated, an epoch has the steps of the first pass, and passes follow each other whatever the epochs.
     """
 
     def __init__(
         self,
-        table: SampleTable,
+        table: SampleTable | Callable[[], SampleTable],
         plan: BatchPlan,
         *,
+        shards: Shards | None = None,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Plan over the samples of a table.
+        """Plan over the samples of a table, which are in order of their shards.
 
         Args:
+            table: or what gives it when the first batch is made: with `shards` nothing else is needed to plan.
             micro_batch_size: samples per batch yielded; None for the rank's share of a global batch.
+            micro_batch_tokens: about how many tokens per batch yielded, where the plan has a budget of them.
 
         Raises:
             ValueError: the batch does not divide over ranks and micro-batches, or there are fewer samples than one batch.
         """
-        self.batch_size = micro_batch_size or max(plan.batch_size // world_size, 1)
-        """Samples per batch yielded, under the name torch and accelerate look for."""
-        if plan.batch_size % (self.batch_size * world_size):
+        self._given, self._plan, self._rank, self._world_size = table, plan, rank, world_size
+        self._shards = shards or Shards.of(self._table.shard, self._table.num_tokens)
+        self.drop_last = plan.batch_tokens is None and plan.tail == "drop"
+        self.epoch = 0
+        if len(self._shards) == 0 or (self.drop_last and len(self._shards) < plan.batch_size):
             raise ValueError(
-                f"batch_size: got {plan.batch_size}, expected a multiple of micro_batch_size x ranks = "
-                f"{self.batch_size} x {world_size}; change one of them"
-            )
-        if len(table) < plan.batch_size and (plan.tail == "drop" or len(table) == 0):
-            raise ValueError(
-                f"batch_size: got {plan.batch_size}, but there are {len(table)} training samples; "
+                f"batch_size: got {plan.batch_size}, but there are {len(self._shards)} training samples; "
                 "lower --batch-size, hold out fewer with --set eval_fraction=0, or extract more data"
             )
-        self.drop_last = plan.tail == "drop"
-        self.epoch = 0
-        self._table, self._plan, self._rank, self._world_size = table, plan, rank, world_size
+        if plan.batch_tokens is None:
+            self.batch_size = micro_batch_size or max(plan.batch_size // world_size, 1)
+            """Samples per batch yielded, under the name torch and accelerate look for; with a budget of tokens a rough mean."""
+            if plan.batch_size % (self.batch_size * world_size):
+                raise ValueError(
+                    f"batch_size: got {plan.batch_size}, expected a multiple of micro_batch_size x ranks = "
+                    f"{self.batch_size} x {world_size}; change one of them"
+                )
+            self.micro_batches_per_step = plan.batch_size // (self.batch_size * world_size)
+            """Batches this rank yields for one optimizer step: the gradient accumulation."""
+        else:
+            self.micro_batches_per_step = -(-plan.batch_tokens // ((micro_batch_tokens or plan.batch_tokens) * world_size))
+            self.batch_size = max(plan.batch_tokens * len(self._shards) // int(self._shards.num_tokens.sum()) // self._slots, 1)
+        self._first_steps = [0]
+
+    @functools.cached_property
+    def _table(self) -> SampleTable:
+        return self._given() if callable(self._given) else self._given
 
     @property
+    def _slots(self) -> int:
+        """Micro-batches of one optimizer step over all ranks; none of them is ever empty."""
+        return self.micro_batches_per_step * self._world_size
+
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
-        whole, rest = divmod(len(self._table), self._plan.batch_size)
-        return whole + (rest > 0 and self._plan.tail != "drop")
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Batches this rank yields for one optimizer step: the gradient accumulation."""
-        return self._plan.batch_size // (self.batch_size * self._world_size)
+        return len(self.cuts(0)) - 1
 
     @property
     def dropped(self) -> int:
         """Samples left out of each epoch because they fill no whole global batch."""
-        return len(self._table) % self._plan.batch_size if self._plan.tail == "drop" else 0
+        return len(self._shards) - int(self.cuts(0)[-1])
 
     @property
     def padded(self) -> int:
-        """Samples that come once more in each epoch, with weight 0, to fill its last batch."""
-        rest = len(self._table) % self._plan.batch_size
-        if rest == 0 or self._plan.tail == "drop":
-            return 0
-        wanted = self._plan.batch_size if self._plan.tail == "pad" else self.micro_batches_per_step * self._world_size
-        return max(wanted - rest, 0)
+        """Samples that come once more in the first epoch, with weight 0, so that batches are as large as they have to be."""
+        return int(np.maximum(self._least_samples - np.diff(self.cuts(0)), 0).sum())
+
+    @property
+    def _least_samples(self) -> int:
+        whole = self._plan.batch_tokens is None and self._plan.tail != "short"
+        return self._plan.batch_size if whole else self._slots
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch the next iteration yields."""
@@ -241,31 +199,54 @@ class KVBatchSampler:
         return self.steps_per_epoch * self.micro_batches_per_step
 
     def __iter__(self) -> Iterator[SampleBatch]:
-        return self.batches_from(0)
+        done = self.epoch * self.steps_per_epoch
+        number = next(number for number in itertools.count() if self._first_step(number + 1) > done)
+        stream = itertools.chain(
+            self.batches_of(number, done - self._first_step(number)),
+            itertools.chain.from_iterable(map(self.batches_of, itertools.count(number + 1))),
+        )
+        return itertools.islice(stream, len(self))
 
-    def batches_from(self, step: int) -> Iterator[SampleBatch]:
-        """This epoch's batches from one of its steps on."""
-        plan = self._plan
-        order = self._order(self.epoch)
-        for number in range(step, self.steps_per_epoch):
-            rows = order[number * plan.batch_size : (number + 1) * plan.batch_size]
-            yield from self._step(self.epoch * self.steps_per_epoch + number, rows, order)
+    def batches_of(self, number: int, step: int = 0) -> Iterator[SampleBatch]:
+        """Batches of one pass over the samples, from one of its steps on."""
+        order, cuts = self._order(number), self.cuts(number)
+        for at in range(step, len(cuts) - 1):
+            yield from self._step(self._first_step(number) + at, order[cuts[at] : cuts[at + 1]], order)
+
+    def cuts(self, number: int) -> Int64[np.ndarray, "boundary"]:
+        """Where in the order of a pass its global batches begin, and where the last one ends."""
+        plan, num_samples = self._plan, len(self._shards)
+        if plan.batch_tokens is not None:
+            return cut_by_tokens(self._table.num_tokens[self._order(number)], plan.batch_tokens)
+        steps = num_samples // plan.batch_size if self.drop_last else -(-num_samples // plan.batch_size)
+        return np.minimum(np.arange(steps + 1) * plan.batch_size, num_samples)
+
+    def _first_step(self, number: int) -> int:
+        """The optimizer step that a pass over the samples begins with."""
+        if self._plan.batch_tokens is None:
+            return number * self.steps_per_epoch
+        while len(self._first_steps) <= number:
+            self._first_steps.append(self._first_steps[-1] + len(self.cuts(len(self._first_steps) - 1)) - 1)
+        return self._first_steps[number]
 
     def _order(self, epoch: int) -> Int64[np.ndarray, "sample"]:
-        plan, table = self._plan, self._table
+        plan = self._plan
         if not plan.shares:
-            return self._order_of(np.arange(len(table)), epoch)
+            return epoch_order(self._shards, **self._how(epoch))
+        table = self._table
         assert table.store is not None, "shares are of several stores"
         members = [np.flatnonzero(table.store == number) for number in range(len(plan.shares))]
         orders = [(len(rows), functools.partial(self._order_of, rows)) for rows in members]
         return mixed_order(orders, plan.shares, total=len(table), epoch=epoch)
 
     def _order_of(self, rows: Int64[np.ndarray, "sample"], epoch: int) -> Int64[np.ndarray, "sample"]:
-        plan, table = self._plan, self._table
-        shard, num_tokens = table.shard[rows], table.num_tokens[rows]
-        how: Any = {"seed": plan.seed, "epoch": epoch, "window_tokens": plan.window_tokens, "shuffle": plan.shuffle}
-        ordered: np.ndarray = rows[epoch_order(shard, num_tokens, **how)]
+        shards = Shards.of(self._table.shard[rows], self._table.num_tokens[rows])
+        ordered: np.ndarray = rows[epoch_order(shards, **self._how(epoch))]
         return ordered
+
+    def _how(self, epoch: int) -> dict[str, Any]:
+        plan = self._plan
+        return {"seed": plan.seed, "epoch": epoch, "window_tokens": plan.window_tokens, "shuffle": plan.shuffle}
 
     def _step(self, step: int, rows: Int64[np.ndarray, "row"], order: Int64[np.ndarray, "sample"]) -> Iterator[SampleBatch]:
         """This rank's micro-batches of one global batch."""
@@ -274,8 +255,8 @@ class KVBatchSampler:
         count, predicted = table.count[rows].astype(np.int64), table.predicted[rows]
         compared = np.minimum(table.compared[rows], table.compared[targets])
         num_predicted, num_computed, num_targets = ((count * predicted).sum(), predicted.sum(), (count * compared).sum())
-        if len(rows) < plan.batch_size:
-            extra = np.resize(order, self.padded)
+        if len(rows) < self._least_samples:
+            extra = np.resize(order, self._least_samples - len(rows))
             rows, targets = np.concatenate([rows, extra]), np.concatenate([targets, extra])
             count = np.concatenate([count, np.zeros(len(extra), dtype=np.int64)])
         with_kv = step < plan.kv_steps
@@ -287,22 +268,22 @@ class KVBatchSampler:
                 targets=table.index[targets[micro]].tolist() if with_kv else None,
                 num_targets=int(num_targets) if with_kv else 0,
                 num_computed=int(num_computed),
-                weights=_weights(count[micro]),
+                weights=weights_of(count[micro]),
             )
 
     def _cut(self, num_tokens: Int[np.ndarray, "sample"], step: int) -> list[Int64[np.ndarray, "micro"]]:
         """Places of a global batch in each micro-batch of every rank, ranks taking turns."""
-        places = np.arange(len(num_tokens))
-        slots = self.micro_batches_per_step * self._world_size
-        if not self._plan.balance:
+        places, budget = np.arange(len(num_tokens)), self._plan.batch_tokens is not None
+        slots = self._slots
+        if not (self._plan.balance or budget):
             return np.array_split(places, slots)
-        room = np.array([len(part) for part in np.array_split(places, slots)])
-        filled = np.zeros(slots, dtype=np.int64)
+        room = [len(places) if budget else len(part) for part in np.array_split(places, slots)]
+        filled = [0] * slots
         members: list[list[int]] = [[] for _ in range(slots)]
         for place in np.argsort(-num_tokens, kind="stable").tolist():
-            slot = min(np.flatnonzero(room).tolist(), key=lambda at: (filled[at], at))
+            slot = min((at for at in range(slots) if room[at]), key=lambda at: (filled[at], at))
             members[slot].append(place)
-            filled[slot] += num_tokens[place]
+            filled[slot] += int(num_tokens[place])
             room[slot] -= 1
         # Whoever gets the longest sample would always be the same rank.
         return [np.array(sorted(members[(slot + step) % slots]), dtype=np.int64) for slot in range(slots)]

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.attention import attention_modules
 from pipeline.models.load import build_student, load_tokenizer
 from training.mixture import Readable
 
@@ -87,6 +89,23 @@ def merge_lora(model: PreTrainedModel) -> None:
         model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     model.requires_grad_(True)
+
+
+def compile_around_attention(model: nn.Module) -> None:
+    """Compile in place every part of a model that holds no attention module: its layers in between stay as they are.
+
+    Attention modules are tapped anew in every step, for which a compiled one would be compiled anew.
+    """
+    attention = {id(found.module) for found in attention_modules(model)}
+
+    def visit(module: nn.Module) -> None:
+        if not any(id(part) in attention for part in module.modules()):
+            module.compile()
+        elif id(module) not in attention:
+            for child in module.children():
+                visit(child)
+
+    visit(model)
 
 
 def predicted_bytes(tokenizer: PreTrainedTokenizerBase, runs: Iterable[tuple[list[int], int]]) -> int:

@@ -26,12 +26,13 @@ from pipeline.models.probe import probe_kv_spec
 from training.adapters import ADAPTERS, KVAdapters
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
+from training.held_out import held_out_batches, split_held_out
 from training.loader import KVCollator, KVDataset
 from training.mixture import Mixture, Readable, fingerprint_of, open_stores, stores_of
 from training.report import plot_runs
 from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
-from training.sampler import BatchPlan, KVBatchSampler, SampleTable, held_out_batches, split_held_out
-from training.student import merge_lora, predicted_bytes, prepare_student, store_tokenizer
+from training.sampler import BatchPlan, KVBatchSampler, SampleTable
+from training.student import compile_around_attention, merge_lora, predicted_bytes, prepare_student, store_tokenizer
 from training.targets import KVTargets, measure_variances, plan_alignment
 
 __all__ = ["KVDistillTrainer", "run_training"]
@@ -75,6 +76,8 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
     tokenizer = store_tokenizer(store)
     model = prepare_student(config.student, store, tokenizer, config.seed, config.lora_rank)
     objective = _plan_objective(config, store, model, folder)
+    if config.torch_compile:
+        compile_around_attention(model)
     if objective is not None and config.adapter != "none":
         model.add_module(ADAPTERS, KVAdapters(objective.targets.alignment, config.adapter))
     data = _plan_data(config, store, tokenizer, objective)
@@ -99,8 +102,9 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
     if config.lora_rank is not None:
         merge_lora(model)
     summary = _summarise(config, store, data, trainer)
+    weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
     if _is_main():
-        _save_model(model, tokenizer, config.out / MODEL)
+        _save_model(model, tokenizer, config.out / MODEL, weights)
         plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
         folder.finish(summary)
     return summary
@@ -157,6 +161,7 @@ def _plan_data(
             )
     plan = BatchPlan(
         batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
         seed=config.seed,
         window_tokens=max(config.shuffle_window_bytes // (4 * store.spec.values_per_token), 1),
         kv_steps=config.kv_steps,
@@ -167,11 +172,12 @@ def _plan_data(
         shares=(1.0 - sum(config.mix.values()), *config.mix.values()) if config.mix else (),
     )
     rank, world_size = _rank()
-    batches = KVBatchSampler(train, plan, micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size)
+    micro: dict[str, Any] = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+    batches = KVBatchSampler(train, plan, **micro, rank=rank, world_size=world_size)
     if batches.dropped:
         log.info("%d of %d training samples fill no whole batch and are left out of each epoch", batches.dropped, len(train))
     if batches.padded:
-        log.info("%d samples of weight 0 fill the last batch of each epoch", batches.padded)
+        log.info("%d samples of weight 0 fill up batches of an epoch", batches.padded)
     return TrainData(
         dataset=KVDataset(store, () if objective is None else objective.targets.alignment.teacher_layers),
         batches=batches,
@@ -250,6 +256,7 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         bf16=config.dtype == "bfloat16",
         use_cpu=config.device == "cpu",
+        fsdp=config.fsdp,
         activation_checkpointing=config.activation_checkpointing,
         seed=config.seed,
         logging_steps=config.log_every,
@@ -262,6 +269,8 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
+    if config.fsdp and _rank()[1] == 1:
+        raise ValueError("fsdp: got one rank, expected several to shard over: start them with torchrun, or with --ray-workers")
     if arguments.n_gpu > 1:
         raise ValueError(
             f"device: {arguments.n_gpu} GPUs are visible to one process, expected one; start one process per GPU with "
@@ -293,10 +302,16 @@ def _summarise(config: TrainConfig, store: Readable, data: TrainData, trainer: K
     )
 
 
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Save the student so that transformers alone loads it."""
+def _save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: dict[str, torch.Tensor] | None
+) -> None:
+    """Save the student so that transformers alone loads it.
+
+    Args:
+        weights: gathered from all ranks, where each holds a part of them.
+    """
     shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(path)
+    model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
 
 

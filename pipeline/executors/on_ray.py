@@ -18,7 +18,7 @@ from pipeline.node import NodeInfo, Nonce, inspect_node, nonce_in, refuse_differ
 from pipeline.stop import NEVER, Stop
 from pipeline.worker import TeacherInfo, TeacherSource, Worker
 
-_PASSED_ON = ("AWS_", "GOOGLE_", "KVPIPE_")
+PASSED_ON = ("AWS_", "GOOGLE_", "KVPIPE_")
 """Beginnings of the environment variables that say how to reach a bucket."""
 
 
@@ -154,7 +154,7 @@ class _Actors:
     def _launch(self) -> tuple[Any, Any]:
         actor = self._actor_class.remote()
         # As an argument: Ray shows what it is told as a runtime environment to everyone on its dashboard.
-        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         threads = int(os.environ.get("OMP_NUM_THREADS") or self._placement.cpus)
         handle = actor.load.remote(self._source, environment, threads, self._nonce)
         self._actors.append(actor)

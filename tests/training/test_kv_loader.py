@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore import samples
 from kvstore.errors import CorruptShardError
 from kvstore.reader import CodeBatch, Store, open_store
 from tests.stores import Source, random_source, small_spec, write_store
@@ -128,16 +129,17 @@ def epoch(loader: KVLoader) -> list[PackedBatch]:
     return list(loader)
 
 
-def test_at_every_step_a_resumed_loop_goes_on_as_the_uninterrupted_one(store: Store) -> None:
-    straight = KVLoader(store, batch_size=4, seed=3)
+@pytest.mark.parametrize("over", [{"batch_size": 4}, {"batch_tokens": 130}, {"batch_size": 4, "tail": "short"}], ids=str)
+def test_at_every_step_a_resumed_loop_goes_on_as_the_uninterrupted_one(store: Store, over: dict[str, Any]) -> None:
+    straight = KVLoader(store, **over, seed=3)
     expected = [*epoch(straight), *epoch(straight)]
     assert straight.state_dict()["epoch"] == 2
     for taken in range(len(expected)):
-        first = KVLoader(store, batch_size=4, seed=3, prefetch_bytes=10**9)
+        first = KVLoader(store, **over, seed=3, prefetch_bytes=10**9)
         taken_batches = list(itertools.islice(itertools.chain.from_iterable(epoch_of(first) for _ in range(2)), taken))
         state = json.loads(json.dumps(first.state_dict()))
         assert len(json.dumps(state)) < 1024
-        second = KVLoader(store, batch_size=4, seed=3, prefetch_bytes=1)
+        second = KVLoader(store, **over, seed=3, prefetch_bytes=1)
         second.load_state_dict(state)
         assert second.state_dict() == state, "a state is its own before anything is read"
         found = [*taken_batches, *(batch for _ in range(2 - second.epoch) for batch in second)]
@@ -183,14 +185,26 @@ def test_a_resumed_loop_reads_nothing_that_it_skips(store: Store, monkeypatch: p
     assert reads == whole[3:]
 
 
+def test_an_epoch_is_planned_by_the_summary_of_the_shards_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [batch.samples for batch in KVLoader(store, batch_size=4, layers=())]
+    fresh, genuine, read = open_store(store.location), samples.SampleTable._column, list[str]()
+    monkeypatch.setattr(samples.SampleTable, "_column", lambda table, name: (read.append(name), genuine(table, name))[1])
+    loader = KVLoader(fresh, batch_size=4, layers=())
+    assert len(loader) == len(expected)
+    loader.load_state_dict({**loader.state_dict(), "samples_consumed": 8})
+    assert not read
+    assert [batch.samples for batch in loader] == expected[2:]
+    assert read
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"fingerprint": "0" * 64}, "state: fingerprint: got '0000"),
         ({"plan_hash": "0" * 64}, "it is of another store, or of another seed"),
         ({"version": 2}, "state: version: got 2, expected 1"),
-        ({"samples_consumed": 3}, "got samples_consumed 3, expected a multiple of batch_size 4"),
-        ({"samples_consumed": 999}, "expected epoch >= 0 and 0 to 19"),
+        ({"samples_consumed": 3}, "got samples_consumed 3, expected the end of a batch of epoch 0: 0, 4, 8, 12, "),
+        ({"samples_consumed": 999}, "got samples_consumed 999, expected the end of a batch of epoch 0"),
         ({"epoch": None}, "got epoch None"),
     ],
 )
@@ -202,7 +216,7 @@ def test_a_state_that_does_not_fit_is_refused(store: Store, change: dict[str, An
 
 def test_another_seed_or_batch_size_is_another_plan_and_balance_is_not(store: Store) -> None:
     state = KVLoader(store, batch_size=4).state_dict()
-    for over in ({"seed": 1}, {"batch_size": 2}, {"shuffle": "global"}, {"tail": "pad"}):
+    for over in ({"seed": 1}, {"batch_size": 2}, {"batch_tokens": 99}, {"shuffle": "global"}, {"tail": "pad"}):
         with pytest.raises(ValueError, match="plan_hash"):
             KVLoader(store, **{"batch_size": 4, **over}).load_state_dict(state)
     KVLoader(store, batch_size=4, balance=True, layers=()).load_state_dict(state)

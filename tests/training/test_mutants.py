@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant(
         "the last batch is dropped in silence",
         "training/sampler.py",
-        (("in range(step, self.steps_per_epoch):", "in range(step, self.steps_per_epoch - 1):"),),
+        (("in range(step, len(cuts) - 1):", "in range(step, len(cuts) - 2):"),),
         (SAMPLER, LOADER),
     ),
     Mutant(
@@ -86,8 +86,8 @@ MUTANTS = [
         "training/kv_loader.py",
         (
             (
-                "batches_from(self._consumed // self._plan.batch_size)",
-                "batches_from(self._consumed // self._plan.batch_size + 1)",
+                "batches_of(self._epoch, done)",
+                "batches_of(self._epoch, done + 1)",
             ),
         ),
         (LOADER,),
@@ -98,9 +98,9 @@ MUTANTS = [
         (
             (
                 "                    in_flight += size\n",
-                "                    in_flight += size\n                    self._consumed += self._plan.batch_size\n",
+                "                    in_flight += size\n                    self._consumed = int(cuts[done + len(pending)])\n",
             ),
-            ("                self._consumed += self._plan.batch_size\n                if", "                if"),
+            ("                self._consumed = int(cuts[done])\n", ""),
         ),
         (LOADER,),
     ),
@@ -109,8 +109,8 @@ MUTANTS = [
         "training/kv_loader.py",
         (
             (
-                "        if consumed % self._plan.batch_size:",
-                "        consumed -= consumed % self._plan.batch_size\n        if False:",
+                "        if consumed not in (cuts := self._sampler.cuts(epoch))[:-1]:",
+                "        cuts = self._sampler.cuts(epoch)\n        consumed = max(cut for cut in cuts if cut <= consumed)\n        if False:",
             ),
         ),
         (LOADER,),
@@ -121,7 +121,7 @@ MUTANTS = [
         (
             (
                 "            while pending or following is not None:\n",
-                "            for skipped in itertools.islice(self._sampler.batches_from(0), self._consumed // self._plan.batch_size):\n"
+                "            for skipped in itertools.islice(self._sampler.batches_of(self._epoch), done):\n"
                 "                self._read(skipped)\n"
                 "            while pending or following is not None:\n",
             ),

@@ -14,15 +14,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from training.order import Shuffle, epoch_order, fair_turns, largest_remainder, mixed_order, permutation
+from training.held_out import held_out_batches
+from training.order import Shards, Shuffle, cut_by_tokens, epoch_order, fair_turns, largest_remainder, mixed_order, permutation
 from training.sampler import (
     BatchPlan,
     KVBatchSampler,
     SampleBatch,
     SampleTable,
     Tail,
-    held_out_batches,
-    split_held_out,
 )
 
 SINK_TOKENS = 4
@@ -75,7 +74,7 @@ def test_the_permutation_is_pinned() -> None:
 
 
 def test_the_order_of_an_epoch_is_pinned() -> None:
-    order = epoch_order(np.repeat(np.arange(5), 4), np.full(20, 10), seed=7, epoch=1, window_tokens=80)
+    order = epoch_order(Shards.of(np.repeat(np.arange(5), 4), np.full(20, 10)), seed=7, epoch=1, window_tokens=80)
     assert order.tolist() == [7, 5, 1, 4, 2, 0, 3, 6, 13, 17, 19, 12, 16, 15, 14, 18, 9, 8, 10, 11]
 
 
@@ -89,9 +88,9 @@ def test_the_order_of_an_epoch_is_pinned() -> None:
 def test_an_epoch_has_every_sample_once_and_each_shard_inside_one_window(
     shards: list[int], seed: int, epoch: int, window_tokens: int
 ) -> None:
-    shard = np.array(shards, dtype=np.int32)
+    shard = np.array(sorted(shards), dtype=np.int32)
     tokens = np.full(len(shard), 10)
-    order = epoch_order(shard, tokens, seed=seed, epoch=epoch, window_tokens=window_tokens)
+    order = epoch_order(Shards.of(shard, tokens), seed=seed, epoch=epoch, window_tokens=window_tokens)
     assert sorted(order.tolist()) == list(range(len(shard)))
     # A window closes once it is full, so a shard spans less than the window and one whole shard more.
     largest = 10 * int(np.bincount(shard).max(initial=0))
@@ -103,7 +102,7 @@ def test_an_epoch_has_every_sample_once_and_each_shard_inside_one_window(
 def test_epochs_and_seeds_give_different_orders_and_samples_of_a_window_are_mixed() -> None:
     shard, tokens = np.repeat(np.arange(10), 20), np.full(200, 10)
     orders = [
-        tuple(epoch_order(shard, tokens, seed=seed, epoch=epoch, window_tokens=1000))
+        tuple(epoch_order(Shards.of(shard, tokens), seed=seed, epoch=epoch, window_tokens=1000))
         for seed, epoch in itertools.product(range(2), range(2))
     ]
     assert len(set(orders)) == 4
@@ -218,86 +217,14 @@ def test_batches_that_cannot_be_cut_are_refused(samples: int, over: dict[str, in
         KVBatchSampler(table(samples), plan(batch_size=8), **over)
 
 
-def test_held_out_batches_have_every_sample_once_over_the_ranks_and_no_targets() -> None:
-    samples = table(11)
-    ranks = [held_out_batches(samples, 2, rank=rank, world_size=3) for rank in range(3)]
-    every = [batch for rank in ranks for batch in rank]
-    assert sorted(sample for batch in every for sample in batch) == samples.index.tolist()
-    assert all(batch.targets is None for batch in every)
-    assert sum(batch.num_computed for batch in every) == samples.num_tokens.sum() - 11
-    assert sum(batch.num_predicted for batch in every) == (samples.count * (samples.num_tokens - 1)).sum()
-
-
-def ids_of(num_samples: int) -> list[str]:
-    return [hashlib.sha256(bytes([index])).hexdigest() for index in range(num_samples)]
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    sources=st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=50),
-    fraction=st.floats(0.01, 0.9),
-    max_tokens=st.integers(1, 2000),
-)
-def test_no_document_lies_on_both_sides_and_the_held_out_side_stays_in_its_limits(
-    sources: list[str], fraction: float, max_tokens: int
-) -> None:
-    tokens = np.random.default_rng(0).integers(1, 50, size=len(sources))
-    ids = ids_of(len(sources))
-    train, held_out = split_held_out(ids, sources, tokens, fraction=fraction, max_tokens=max_tokens)
-    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(len(sources)))
-    assert len(train)
-    assert len(held_out)
-    documents = sources if len(set(sources)) > 1 else ids
-    ours, theirs = {documents[i] for i in train}, {documents[i] for i in held_out}
-    assert not ours & theirs
-    if len(theirs) > 1:
-        assert tokens[held_out].sum() <= min(fraction * tokens.sum(), max_tokens)
-
-
-def test_the_split_follows_the_content_of_the_documents_and_nothing_else() -> None:
-    sources = [f"document-{index // 3}" for index in range(30)]
-    tokens, ids = np.full(30, 10), ids_of(30)
-    _, held_out = split_held_out(ids, sources, tokens, fraction=0.2, max_tokens=1000)
-    backwards = split_held_out(ids[::-1], sources[::-1], tokens, fraction=0.2, max_tokens=1000)[1]
-    assert {sources[i] for i in held_out} == {sources[::-1][i] for i in backwards}
-    elsewhere = [f"/other/place/{name}" for name in sources]
-    moved = split_held_out(ids, elsewhere, tokens, fraction=0.2, max_tokens=1000)[1]
-    assert moved.tolist() == held_out.tolist()
-    by_content = sorted(set(sources), key=lambda name: min(i for i, of in zip(ids, sources, strict=True) if of == name))
-    assert {sources[i] for i in held_out} == set(by_content[:2]), "a fifth of ten equal documents: the first two by hash"
-
-
-def test_a_document_too_large_to_be_held_out_is_passed_over() -> None:
-    ids = ids_of(6)
-    names = [name for _, name in sorted(zip(ids, "abcdef", strict=True))]
-    tokens = np.array([1000 if name == names[0] else 10 for name in "abcdef"])
-    _, held_out = split_held_out(ids, list("abcdef"), tokens, fraction=0.02, max_tokens=1000)
-    assert ["abcdef"[i] for i in held_out] == sorted(names[1:3])
-
-
-def test_where_no_document_fits_the_smallest_is_held_out() -> None:
-    _, held_out = split_held_out(ids_of(3), list("abc"), np.array([30, 20, 40]), fraction=0.01, max_tokens=1000)
-    assert held_out.tolist() == [1]
-
-
-def test_nothing_is_held_out_when_nothing_is_asked_for() -> None:
-    train, held_out = split_held_out(ids_of(1), ["a"], np.array([5]), fraction=0.0, max_tokens=10)
-    assert (train.tolist(), held_out.tolist()) == ([0], [])
-
-
-def test_holding_out_of_a_single_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"eval_fraction: got 0\.1, but the store has 1 sample.*--set eval_fraction=0"):
-        split_held_out(ids_of(1), ["a"], np.array([5]), fraction=0.1, max_tokens=10)
-
-
-# ---- order, tails, balance and mixtures
+# ---- order, tails, balance, budgets of tokens and mixtures
 
 
 @given(num_samples=st.integers(0, 50), per_shard=st.integers(1, 9), shuffle=st.sampled_from(["windowed", "global", "none"]))
 @settings(deadline=None, max_examples=50)
 def test_every_way_of_shuffling_has_every_sample_once(num_samples: int, per_shard: int, shuffle: Shuffle) -> None:
     samples = table(num_samples, per_shard)
-    order = epoch_order(samples.shard, samples.num_tokens, seed=1, epoch=0, window_tokens=60, shuffle=shuffle)
+    order = epoch_order(Shards.of(samples.shard, samples.num_tokens), seed=1, epoch=0, window_tokens=60, shuffle=shuffle)
     assert sorted(order.tolist()) == list(range(num_samples))
     if shuffle == "none":
         assert order.tolist() == sorted(order.tolist())
@@ -326,7 +253,7 @@ def windowed_by_loop(shard: np.ndarray, num_tokens: np.ndarray, seed: int, epoch
 @settings(deadline=None, max_examples=100)
 def test_the_windowed_order_is_the_one_written_out(num_samples: int, per_shard: int, window_tokens: int, seed: int) -> None:
     samples = table(num_samples, per_shard, seed)
-    found = epoch_order(samples.shard, samples.num_tokens, seed=seed, epoch=1, window_tokens=window_tokens)
+    found = epoch_order(Shards.of(samples.shard, samples.num_tokens), seed=seed, epoch=1, window_tokens=window_tokens)
     assert found.tolist() == windowed_by_loop(samples.shard, samples.num_tokens, seed, 1, window_tokens)
 
 
@@ -455,3 +382,76 @@ def test_a_mixture_is_cut_alike_for_all_ranks_and_draws_its_shares() -> None:
     for step in one:
         stores = [samples.store[(index - 100) // 3] for index, _ in step]
         assert stores.count(0) == stores.count(1) == 4
+
+
+def passes(
+    samples: SampleTable, number: int, rank: int = 0, world_size: int = 1, micro: int | None = None
+) -> list[SampleBatch]:
+    """Batches of at most 90 tokens, of whole passes over the samples."""
+    plan = BatchPlan(batch_size=8, batch_tokens=90, seed=3, window_tokens=60, kv_steps=99)
+    sampler = KVBatchSampler(samples, plan, micro_batch_tokens=micro, rank=rank, world_size=world_size)
+    return [batch for at in range(number) for batch in sampler.batches_of(at)]
+
+
+def rows_of(batch: SampleBatch) -> np.ndarray:
+    """The samples of a batch that count, as rows of the table."""
+    kept = [index for index, weight in zip(batch, batch.weights or [1] * len(batch), strict=True) if weight]
+    return (np.array(kept, dtype=np.int64) - 100) // 3
+
+
+@given(num_tokens=st.lists(st.integers(1, 50), max_size=60), budget=st.integers(1, 120))
+@settings(deadline=None, max_examples=200)
+def test_runs_of_samples_fill_their_budget_of_tokens_as_far_as_they_can(num_tokens: list[int], budget: int) -> None:
+    cuts = cut_by_tokens(np.array(num_tokens, dtype=np.int64), budget).tolist()
+    assert (cuts[0], cuts[-1]) == (0, len(num_tokens))
+    for start, stop in itertools.pairwise(cuts):
+        assert sum(num_tokens[start:stop]) <= budget or stop - start == 1
+        assert sum(num_tokens[start : stop + 1]) > budget or stop == len(num_tokens)
+
+
+@given(num_samples=st.integers(1, 60), seed=st.integers(0, 5))
+@settings(deadline=None, max_examples=60)
+def test_with_a_budget_of_tokens_a_pass_has_every_sample_once_and_no_step_more_than_it_may(num_samples: int, seed: int) -> None:
+    samples = table(num_samples, seed=seed)
+    samples.num_tokens[::17] += 100
+    first, both = passes(samples, 1), passes(samples, 2)
+    for one in (both[: len(first)], both[len(first) :]):
+        assert sorted(np.concatenate([rows_of(batch) for batch in one]).tolist()) == list(range(num_samples))
+        assert all(samples.num_tokens[rows].sum() <= 90 or len(rows) == 1 for rows in map(rows_of, one))
+    assert [batch.step for batch in both] == list(range(len(both)))
+
+
+@given(num_samples=st.integers(1, 60), shape=st.sampled_from([(2, 90), (4, 90), (1, 30), (2, 12)]))
+@settings(deadline=None, max_examples=60)
+def test_steps_of_a_budget_are_the_same_however_they_are_cut(num_samples: int, shape: tuple[int, int]) -> None:
+    samples, (world_size, micro) = table(num_samples), shape
+    whole = passes(samples, 2)
+    ranks = [passes(samples, 2, rank, world_size, micro) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    by_step: dict[int, list[SampleBatch]] = {}
+    for batch in itertools.chain.from_iterable(ranks):
+        assert batch, "no micro-batch is empty"
+        by_step.setdefault(batch.step, []).append(batch)
+    for expected in whole:
+        parts = by_step.pop(expected.step)
+        assert len(parts) == world_size * -(-90 // (micro * world_size))
+        assert sorted(np.concatenate([rows_of(part) for part in parts]).tolist()) == sorted(rows_of(expected).tolist())
+        assert {part.num_predicted for part in parts} == {expected.num_predicted}
+        assert {(part.num_targets, part.num_computed) for part in parts} == {(expected.num_targets, expected.num_computed)}
+    assert not by_step
+
+
+def test_epochs_of_a_trainer_go_on_through_passes_of_unequal_numbers_of_steps() -> None:
+    samples = table(50)
+    plan = BatchPlan(batch_size=8, batch_tokens=90, seed=3, window_tokens=60, kv_steps=99)
+    sampler = KVBatchSampler(samples, plan, micro_batch_tokens=45)
+    steps = [len(sampler.cuts(number)) - 1 for number in range(6)]
+    assert len(set(steps)) > 1, "or there is nothing to be tested"
+    straight = [list(batch) for batch in passes(samples, 6, micro=45)]
+    epochs = []
+    for epoch in range(4):
+        again = KVBatchSampler(samples, plan, micro_batch_tokens=45)
+        again.set_epoch(epoch)
+        epochs += [list(batch) for batch in again]
+        assert len(epochs) == (epoch + 1) * len(again) == (epoch + 1) * steps[0] * 2
+    assert epochs == straight[: len(epochs)]

@@ -30,10 +30,11 @@ from tests.stores import Source, begin_store, write_shard, write_store
 from tests.training.conftest import make_texts, teacher_source
 from tests.training.test_targets import bake
 from training.config import TrainConfig
+from training.held_out import split_held_out
 from training.mixture import Mixture
 from training.report import METRICS, read_metrics
 from training.run_folder import TrainSummary
-from training.sampler import BatchPlan, KVBatchSampler, SampleTable, split_held_out
+from training.sampler import BatchPlan, KVBatchSampler, SampleTable
 from training.targets import KVTargets, measure_variances
 from training.trainer import run_training
 

@@ -1,0 +1,131 @@
+"""Several ranks train as one, whoever starts them and wherever they were interrupted. Real processes and collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.training.test_trainer import logged, metrics, settings
+from training.run_folder import TrainSummary
+from training.trainer import run_training
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+MAIN = """
+import os, sys
+from pathlib import Path
+from training import trainer
+from training.config import TrainConfig
+
+if stop := int(os.environ.get("STOP_AFTER", "0")):
+    genuine = trainer.KVDistillTrainer.compute_loss
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == stop:
+            os._exit(0)
+        return genuine(self, *args, **kwargs)
+    trainer.KVDistillTrainer.compute_loss = compute_loss
+trainer.run_training(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+NAMES = ("loss", "ce", "kv_loss", "grad_norm", "eval_loss", "eval_nats_per_byte", "tokens")
+
+
+def on_ranks(config: Any, folder: Path, number: int, stop_after: int = 0) -> None:
+    """Run a training on so many ranks, as torchrun starts them; all of them vanish in a step if told so."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "config.json").write_text(config.model_dump_json())
+    (folder / "main.py").write_text(MAIN)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}", f"--master-port={port}"]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "STOP_AFTER": str(stop_after)}
+    subprocess.run([*command, str(folder / "main.py"), str(folder / "config.json")], check=True, env=environment, timeout=600)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize(
+    "over", [{}, {"adapter": "orthogonal"}, {"tail": "short", "balance_tokens": True}, {"batch_tokens": 400}], ids=str
+)
+def test_ranks_train_as_one(number: int, over: dict[str, Any], store_path: Path, student: str, tmp_path: Path) -> None:
+    one = run_training(settings(store_path, student, tmp_path / "one", **over))
+    on_ranks(one.config.model_copy(update={"out": tmp_path / "run"}), tmp_path, number)
+    for name in NAMES:
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_run_interrupted_in_any_step_goes_on_bit_by_bit_in_another_process(
+    step: int, store_path: Path, student_with_dropout: str, tmp_path: Path
+) -> None:
+    whole = run_training(settings(store_path, student_with_dropout, tmp_path / "whole", save_every=1))
+    config = whole.config.model_copy(update={"out": tmp_path / "run"})
+    on_ranks(config, tmp_path, 1, stop_after=step)
+    assert not (config.out / "summary.json").exists()
+    run_training(config.model_copy(update={"resume": True}))
+    assert metrics(config.out) == metrics(whole.out)
+
+
+def test_a_run_goes_on_with_more_and_with_fewer_ranks(store_path: Path, student: str, tmp_path: Path) -> None:
+    one = run_training(settings(store_path, student, tmp_path / "one"))
+    config = one.config.model_copy(update={"out": tmp_path / "run", "save_every": 1})
+    for number, stop_after in ((2, 2), (4, 5), (1, 0)):
+        on_ranks(config, tmp_path, number, stop_after)
+        config = config.model_copy(update={"resume": True})
+    for name in NAMES:
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+
+
+def test_sharded_weights_train_as_whole_ones_and_are_saved_whole(store_path: Path, student: str, tmp_path: Path) -> None:
+    one = run_training(settings(store_path, student, tmp_path / "one"))
+    config = one.config.model_copy(update={"out": tmp_path / "run", "fsdp": True, "save_every": 3})
+    on_ranks(config, tmp_path, 2, stop_after=5)
+    on_ranks(config.model_copy(update={"resume": True}), tmp_path, 2)
+    for name in NAMES:
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+    whole, sharded = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one.out, config.out))
+    for (name, expected), (_, found) in zip(whole.named_parameters(), sharded.named_parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_ray_starts_ranks_that_train_as_one(store_path: Path, student: str, tmp_path: Path) -> None:
+    one = run_training(settings(store_path, student, tmp_path / "one"))
+    done = train_on_ray(one, "run", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8/8" in done.stderr
+    for name in NAMES:
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "run"], "Ray's notes are gone"
+
+
+def test_what_a_rank_on_ray_refuses_is_said_as_it_is(store_path: Path, student: str, tmp_path: Path) -> None:
+    one = run_training(settings(store_path, student, tmp_path / "one"))
+    done = train_on_ray(one, "run", tmp_path, "--set", "layers=7")
+    assert done.returncode != 0
+    assert "layers: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def train_on_ray(one: TrainSummary, name: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command with two ranks, in the folder of the runs, so that paths are relative."""
+    given = one.config.model_dump(mode="json", exclude_unset=True, exclude={"store", "student", "out"})
+    flags = [item for key, value in given.items() for item in ("--set", f"{key}={value}")]
+    where = ["--store", str(one.config.store), "--student", one.config.student, "--out", name]
+    command = [sys.executable, "-m", "pipeline.cli", "train", *where, *flags, *more, "--ray-workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_a_compiled_student_trains_as_a_plain_one(store_path: Path, student: str, tmp_path: Path) -> None:
+    one = run_training(settings(store_path, student, tmp_path / "one"))
+    other = run_training(settings(store_path, student, tmp_path / "run", torch_compile=True))
+    for name in NAMES:
+        assert logged(other.out, name) == pytest.approx(logged(one.out, name), rel=2e-4), name
