@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.training.test_trainer import logged, metrics, settings
+from tests.checkpoints import randomised, tiny_config
+from tests.training.test_trainer import COUNTS, counted_store, logged, metrics, settings
 from training.run_folder import TrainSummary
+from training.student import compile_around_attention
 from training.trainer import run_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -38,14 +40,24 @@ trainer.run_training(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text
 NAMES = ("loss", "ce", "kv_loss", "grad_norm", "eval_loss", "eval_nats_per_byte", "tokens")
 
 
-def on_ranks(config: Any, folder: Path, number: int, stop_after: int = 0) -> None:
-    """Run a training on so many ranks, as torchrun starts them; all of them vanish in a step if told so."""
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node={number}", "--master-port={port}")
+ACCELERATE = (
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_processes={number}",
+    "--num_machines=1",
+    "--main_process_port={port}",
+)
+
+
+def on_ranks(config: Any, folder: Path, number: int, stop_after: int = 0, launcher: tuple[str, ...] = TORCHRUN) -> None:
+    """Run a training on so many ranks; all of them vanish in a step if told so."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / "config.json").write_text(config.model_dump_json())
     (folder / "main.py").write_text(MAIN)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}", f"--master-port={port}"]
+    command = [sys.executable, "-m", *(part.format(number=number, port=port) for part in launcher)]
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "STOP_AFTER": str(stop_after)}
     subprocess.run([*command, str(folder / "main.py"), str(folder / "config.json")], check=True, env=environment, timeout=600)
@@ -58,6 +70,23 @@ def on_ranks(config: Any, folder: Path, number: int, stop_after: int = 0) -> Non
 def test_ranks_train_as_one(number: int, over: dict[str, Any], store_path: Path, student: str, tmp_path: Path) -> None:
     one = run_training(settings(store_path, student, tmp_path / "one", **over))
     on_ranks(one.config.model_copy(update={"out": tmp_path / "run"}), tmp_path, number)
+    for name in NAMES:
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+
+
+def test_ranks_train_as_one_on_samples_that_the_data_had_several_times(
+    student: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    store = counted_store(tmp_path / "kv", tokenizer_folder, list(range(len(COUNTS) + 2)), [*COUNTS, 3, 1])
+    one = run_training(settings(store, student, tmp_path / "one"))
+    on_ranks(one.config.model_copy(update={"out": tmp_path / "run"}), tmp_path, 2)
+    for name in NAMES:
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+
+
+def test_accelerate_launch_starts_ranks_that_train_as_one(store_path: Path, student: str, tmp_path: Path) -> None:
+    one = run_training(settings(store_path, student, tmp_path / "one"))
+    on_ranks(one.config.model_copy(update={"out": tmp_path / "run"}), tmp_path, 2, launcher=ACCELERATE)
     for name in NAMES:
         assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
 
@@ -108,7 +137,7 @@ def test_ray_starts_ranks_that_train_as_one(store_path: Path, student: str, tmp_
 
 def test_what_a_rank_on_ray_refuses_is_said_as_it_is(store_path: Path, student: str, tmp_path: Path) -> None:
     one = run_training(settings(store_path, student, tmp_path / "one"))
-    done = train_on_ray(one, "run", tmp_path, "--set", "layers=7")
+    done = train_on_ray(one, "run", tmp_path, "--set", 'layers="7"')
     assert done.returncode != 0
     assert "layers: " in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -126,6 +155,15 @@ def train_on_ray(one: TrainSummary, name: str, folder: Path, *more: str) -> subp
 
 def test_a_compiled_student_trains_as_a_plain_one(store_path: Path, student: str, tmp_path: Path) -> None:
     one = run_training(settings(store_path, student, tmp_path / "one"))
-    other = run_training(settings(store_path, student, tmp_path / "run", torch_compile=True))
+    on_ranks(one.config.model_copy(update={"out": tmp_path / "run", "torch_compile": True}), tmp_path, 1)
     for name in NAMES:
-        assert logged(other.out, name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_all_but_what_holds_attention_is_compiled() -> None:
+    model = randomised(tiny_config("llama"))
+    compile_around_attention(model)
+    compiled = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
+    assert {"lm_head", "model.norm", "model.layers.0.mlp", "model.layers.1.input_layernorm"} <= compiled
+    assert not any("attn" in name or name in ("", "model", "model.layers.0") for name in compiled)

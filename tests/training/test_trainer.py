@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -562,24 +559,6 @@ def test_lora_on_fresh_weights_is_refused(store_path: Path, student: str, tmp_pa
 
 
 # ---- other processes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", ["plain", "counted", "adapted"])
-def test_two_ranks_train_as_one(run: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    one: TrainSummary = request.getfixturevalue(run)
-    config = one.config.model_copy(update={"out": tmp_path / "run"})
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    program = (
-        "import sys; from pathlib import Path; from training.config import TrainConfig; from training.trainer import run_training;"
-        "run_training(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))"
-    )
-    (tmp_path / "main.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "main.py"), str(tmp_path / "config.json")], check=True, env=environment)
-    for name in ("loss", "ce", "kv_loss", "grad_norm", "eval_loss", "eval_nats_per_byte", "tokens"):
-        assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
 
 
 @pytest.mark.slow
