@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 1024
+MIN_CHUNK_BYTES = 8192
 MAX_SHARD_BYTES = 256 * 2**20
 MAX_SHARD_TOKENS = 65_536
 _SHARDS_WANTED = 32
@@ -40,16 +41,26 @@ def plan_layout(lengths: Sequence[int], token_bytes: int, longest: int | None = 
         token_bytes: bytes of one token in the largest array, before compression.
         longest: longest sample that may come later; None for the longest of these.
     """
-    chunk = plan_chunk_tokens(lengths)
+    chunk = plan_chunk_tokens(lengths, token_bytes)
     shard = plan_shard_tokens([*lengths, *([longest] if longest else [])], chunk, token_bytes)
     layout = Layout(chunk_tokens=chunk, shard_tokens=shard, num_shards=0)
     return dataclasses.replace(layout, num_shards=sum(1 for _ in fill_shards(lengths, layout)))
 
 
-def plan_chunk_tokens(lengths: Sequence[int]) -> int:
-    """Power of two at most a quarter of the median sample, 64 to 1,024: a sample alone is then read with little waste."""
-    quarter = max(int(np.median(lengths)) // 4, 1)
-    return int(np.clip(1 << (quarter.bit_length() - 1), MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS))
+def plan_chunk_tokens(lengths: Sequence[int], token_bytes: int) -> int:
+    """Power of two at most a quarter of the median sample, 64 to 1,024: a part of a sample is then read with little waste.
+
+    Up to the whole median sample where a chunk would be smaller than 8 KiB: the fixed cost of one, some 20 microseconds, is then more
+    than that of its bytes.
+    """
+    median = max(int(np.median(lengths)), 4)
+    least = min(MIN_CHUNK_BYTES // token_bytes, median)
+    return int(np.clip(max(_power_of_two(median // 4), _power_of_two(least)), MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is no larger."""
+    return 1 << max(number, 1).bit_length() - 1
 
 
 def plan_shard_tokens(lengths: Sequence[int], chunk_tokens: int, token_bytes: int) -> int:

@@ -237,9 +237,10 @@ class Store:
                 checksums of its chunks and its tokens are verified still.
         """
         indices = [operator.index(index) for index in sample_indices]
-        outside = [index for index in indices if not 0 <= index < len(self)]
+        total = len(self)
+        outside = [index for index in indices if not 0 <= index < total]
         if outside:
-            raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {len(self) - 1} ({self.location})")
+            raise IndexError(f"sample_indices: got {outside[:5]}, expected 0 to {total - 1} ({self.location})")
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
         if verify_objects:
             for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):

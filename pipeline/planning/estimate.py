@@ -123,7 +123,7 @@ def scaled_layout(lengths: Sequence[int], scale: float, token_bytes: int, window
         token_bytes: bytes of one token in the largest array, before compression.
         window: the tokens of the first window over those of the part; None for `scale`.
     """
-    chunk = plan_chunk_tokens(lengths)
+    chunk = plan_chunk_tokens(lengths, token_bytes)
     planned = scale if window is None else window
     shard = plan_shard_tokens(list(lengths) * math.ceil(min(planned, 1000)), chunk, token_bytes)
     layout = Layout(chunk_tokens=chunk, shard_tokens=shard, num_shards=0)
