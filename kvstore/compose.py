@@ -119,7 +119,7 @@ def planned(
     like: Manifest, stores: Sequence[Store], origins: Sequence[Origin], dropped: Iterable[str], run: dict[str, Any]
 ) -> Manifest:
     """The manifest of the new store; its data is one part, as if one extraction had planned all samples."""
-    layout = plan_layout([origin.num_tokens for origin in origins], max(group.token_bytes for group in like.groups))
+    layout = plan_layout([origin.num_tokens for origin in origins], like.groups[0].row_bytes)
     longest = max(origin.num_tokens for origin in origins)
     seq_len = max((part["seq_len"] for store in stores for part in store.manifest.data.get("parts", ())), default=longest)
     part = {

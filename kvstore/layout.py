@@ -34,27 +34,36 @@ class Layout:
         return -(-num_tokens // self.chunk_tokens) * self.chunk_tokens
 
 
-def plan_layout(lengths: Sequence[int], token_bytes: int, longest: int | None = None) -> Layout:
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowBytes:
+    """How much a token takes in the largest array of a store, before compression."""
+
+    token: int
+    """In all its layers: what a shard holds."""
+    layer: int
+    """In one of them: what a chunk holds."""
+
+
+def plan_layout(lengths: Sequence[int], row: RowBytes, longest: int | None = None) -> Layout:
     """Cut the token axis for samples of these lengths, in tokens.
 
     Args:
-        token_bytes: bytes of one token in the largest array, before compression.
         longest: longest sample that may come later; None for the longest of these.
     """
-    chunk = plan_chunk_tokens(lengths, token_bytes)
-    shard = plan_shard_tokens([*lengths, *([longest] if longest else [])], chunk, token_bytes)
+    chunk = plan_chunk_tokens(lengths, row.layer)
+    shard = plan_shard_tokens([*lengths, *([longest] if longest else [])], chunk, row.token)
     layout = Layout(chunk_tokens=chunk, shard_tokens=shard, num_shards=0)
     return dataclasses.replace(layout, num_shards=sum(1 for _ in fill_shards(lengths, layout)))
 
 
-def plan_chunk_tokens(lengths: Sequence[int], token_bytes: int) -> int:
+def plan_chunk_tokens(lengths: Sequence[int], layer_bytes: int) -> int:
     """Power of two at most a quarter of the median sample, 64 to 1,024: a part of a sample is then read with little waste.
 
     Up to the whole median sample where a chunk would be smaller than 8 KiB: the fixed cost of one, some 20 microseconds, is then more
     than that of its bytes.
     """
     median = max(int(np.median(lengths)), 4)
-    least = min(MIN_CHUNK_BYTES // token_bytes, median)
+    least = min(MIN_CHUNK_BYTES // layer_bytes, median)
     return int(np.clip(max(_power_of_two(median // 4), _power_of_two(least)), MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvstore.codec import KINDS, Codec, Kind, Quantizer, code_dim, codec_named, storage_dtype
 from kvstore.errors import FingerprintMismatchError, StoreFormatError, StoreNotFoundError
-from kvstore.layout import Layout
+from kvstore.layout import Layout, RowBytes
 from kvstore.records import Difference, bytes_sha256, differences, fingerprint, read_sealed, write_sealed
 from kvstore.spec import Dtype, KVSpec, LayerSpec
 from kvstore.storage import Storage
@@ -64,9 +64,10 @@ class Group:
         return storage_dtype(self.quantizer(kind), self.dtype)
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of one token in the larger of the two arrays, before compression."""
-        return max(len(self.layers) * int(np.prod(self.code_shape(kind))) * self.storage_dtype(kind).itemsize for kind in KINDS)
+    def row_bytes(self) -> RowBytes:
+        """Of the larger of the two arrays."""
+        layer = max(int(np.prod(self.code_shape(kind))) * self.storage_dtype(kind).itemsize for kind in KINDS)
+        return RowBytes(token=len(self.layers) * layer, layer=layer)
 
 
 def plan_groups(spec: KVSpec, codecs: Mapping[int, Codec]) -> tuple[Group, ...]:
@@ -93,7 +94,7 @@ def plan_groups(spec: KVSpec, codecs: Mapping[int, Codec]) -> tuple[Group, ...]:
         )
         for ((heads, key_dim, value_dim), codec), layers in alike.items()
     ]
-    groups.sort(key=lambda group: (-group.token_bytes, group.layers))
+    groups.sort(key=lambda group: (-group.row_bytes.token, group.layers))
     return tuple(dataclasses.replace(group, path=f"group_{index}" if index else "") for index, group in enumerate(groups))
 
 

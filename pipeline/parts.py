@@ -55,7 +55,7 @@ def first_part(window: Window, groups: Sequence[Group], seq_len: int) -> tuple[P
         seq_len: longest sample that later windows may have.
     """
     lengths = [len(sample.input_ids) for sample in window.samples]
-    layout = plan_layout(lengths, max(group.token_bytes for group in groups), None if window.last else seq_len)
+    layout = plan_layout(lengths, groups[0].row_bytes, None if window.last else seq_len)
     tasks = tuple(plan_tasks(window.samples, layout))
     part = Part(number=0, first_shard=0, tasks=tasks, num_new=len(window.samples), is_new=True)
     return part, layout, {**data_record(window.samples, seq_len), "first_shard": 0, "num_shards": layout.num_shards}

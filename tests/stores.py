@@ -97,7 +97,7 @@ def begin_store(
     lengths = [len(ids) for ids in source.input_ids]
     calibration = calibrate(source, codec) if calibration is None else calibration
     groups = plan_groups(source.spec, parse_codecs(codec, source.spec.layer_numbers))
-    layout = plan_layout(lengths, max(group.token_bytes for group in groups))
+    layout = plan_layout(lengths, groups[0].row_bytes)
     tasks = [[index for index, _ in placed] for placed in fill_shards(lengths, layout)]
     manifest = Manifest(
         spec=source.spec,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvstore.codec import KINDS, Codec
-from kvstore.layout import Layout, fill_shards, plan_chunk_tokens, plan_shard_tokens
+from kvstore.layout import Layout, RowBytes, fill_shards, plan_chunk_tokens, plan_shard_tokens
 from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align import default_student_layers
@@ -115,17 +115,16 @@ class Estimate:
         return self.rungs[0]
 
 
-def scaled_layout(lengths: Sequence[int], scale: float, token_bytes: int, window: float | None = None) -> Layout:
+def scaled_layout(lengths: Sequence[int], scale: float, row: RowBytes, window: float | None = None) -> Layout:
     """The layout of data of which these are the lengths of a part.
 
     Args:
         scale: the tokens of all the data over those of the part.
-        token_bytes: bytes of one token in the largest array, before compression.
         window: the tokens of the first window over those of the part; None for `scale`.
     """
-    chunk = plan_chunk_tokens(lengths, token_bytes)
+    chunk = plan_chunk_tokens(lengths, row.layer)
     planned = scale if window is None else window
-    shard = plan_shard_tokens(list(lengths) * math.ceil(min(planned, 1000)), chunk, token_bytes)
+    shard = plan_shard_tokens(list(lengths) * math.ceil(min(planned, 1000)), chunk, row.token)
     layout = Layout(chunk_tokens=chunk, shard_tokens=shard, num_shards=0)
     if scale == 1:
         num_shards = sum(1 for _ in fill_shards(lengths, layout))
@@ -163,11 +162,11 @@ class Sizing:
     """From its first task on, for the size of its log."""
 
     def layout(self, codecs: Mapping[int, Codec]) -> Layout:
-        token_bytes = max(group.token_bytes for group in plan_groups(self.stored, codecs))
+        row = plan_groups(self.stored, codecs)[0].row_bytes
         known = sum(self.lengths)
         scale = 1.0 if self.num_tokens is None else self.num_tokens / known
         window = scale if self.window_tokens is None else min(scale, max(self.window_tokens / known, 1.0))
-        return scaled_layout(self.lengths, scale, token_bytes, window)
+        return scaled_layout(self.lengths, scale, row, window)
 
     def rung(self, name: str, codecs: Mapping[int, Codec], kv_bytes_per_token: float) -> Rung:
         """The size of a store in one codec.

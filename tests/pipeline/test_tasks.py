@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.codec import parse_codecs
-from kvstore.layout import MAX_SHARD_BYTES, Layout, plan_layout
+from kvstore.layout import MAX_SHARD_BYTES, Layout, RowBytes, plan_layout
 from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, LayerSpec
 from pipeline.data.samples import Sample
@@ -30,7 +30,7 @@ def samples_of(lengths: list[int]) -> list[Sample]:
 
 
 def layout_of(samples: list[Sample], groups: tuple[Group, ...]) -> Layout:
-    return plan_layout([len(sample.input_ids) for sample in samples], max(group.token_bytes for group in groups))
+    return plan_layout([len(sample.input_ids) for sample in samples], groups[0].row_bytes)
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,6 +79,23 @@ def test_shards_stay_within_their_bytes_and_hold_the_longest_sample() -> None:
     assert layout.chunk_tokens == 512
     assert layout.shard_tokens * 28 * 4 * 128 <= MAX_SHARD_BYTES
     assert layout_of(samples_of([100, 70_000]), groups).shard_tokens >= 70_000
+
+
+@pytest.mark.parametrize(
+    ("length", "layer_bytes", "chunk_tokens"),
+    [
+        pytest.param(2048, 512, 512, id="a quarter of the sample"),
+        pytest.param(65_536, 512, 1024, id="no more than 1,024"),
+        pytest.param(128, 512, 64, id="no fewer than 64"),
+        pytest.param(128, 32, 128, id="the whole sample where rows are small"),
+        pytest.param(200, 32, 128, id="no more than the sample"),
+        pytest.param(512, 32, 256, id="8 KiB"),
+        pytest.param(4, 1, 64, id="short samples"),
+    ],
+)
+def test_a_chunk_is_a_part_of_a_sample_but_not_too_small(length: int, layer_bytes: int, chunk_tokens: int) -> None:
+    assert plan_layout([length] * 9, RowBytes(token=4 * layer_bytes, layer=layer_bytes)).chunk_tokens == chunk_tokens
+
 
 
 def test_the_estimate_for_a_million_tokens_of_qwen2_7b_is_about_13_gb() -> None:

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from kvstore import StoreFormatError, open_store
 from kvstore.codec import CODECS
-from kvstore.layout import fill_shards, plan_layout
+from kvstore.layout import RowBytes, fill_shards, plan_layout
 from kvstore.spec import parse_layers
 from pipeline.cli import cli
 from pipeline.config import ExtractConfig
@@ -369,10 +369,10 @@ def test_data_of_unknown_size_has_the_size_asked_for_or_none(
 
 
 def test_a_layout_from_a_part_is_that_of_the_whole() -> None:
-    lengths = [300, 64, 5, 129, 2, 70] * 50
-    assert scaled_layout(lengths, 1.0, 64) == plan_layout(lengths, 64)
-    whole = plan_layout(lengths * 40, 64)
-    part = scaled_layout(lengths, 40.0, 64)
+    lengths, row = [300, 64, 5, 129, 2, 70] * 50, RowBytes(token=64, layer=32)
+    assert scaled_layout(lengths, 1.0, row) == plan_layout(lengths, row)
+    whole = plan_layout(lengths * 40, row)
+    part = scaled_layout(lengths, 40.0, row)
     assert (part.chunk_tokens, part.shard_tokens) == (whole.chunk_tokens, whole.shard_tokens)
     assert part.num_shards == pytest.approx(whole.num_shards, abs=2)
     assert whole.num_shards == sum(1 for _ in fill_shards(lengths * 40, whole))
