@@ -26,6 +26,7 @@ from pipeline.models.probe import probe_kv_spec
 from training.adapters import ADAPTERS, KVAdapters
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
+from training.handover import quick_handover
 from training.held_out import held_out_batches, split_held_out
 from training.loader import KVCollator, KVDataset
 from training.mixture import Mixture, Readable, fingerprint_of, open_stores, stores_of
@@ -93,7 +94,8 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
         workers=config.workers,
     )
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with quick_handover():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.close()
     model.config.use_cache = use_cache

@@ -97,7 +97,6 @@ def test_a_chunk_is_a_part_of_a_sample_but_not_too_small(length: int, layer_byte
     assert plan_layout([length] * 9, RowBytes(token=4 * layer_bytes, layer=layer_bytes)).chunk_tokens == chunk_tokens
 
 
-
 def test_the_estimate_for_a_million_tokens_of_qwen2_7b_is_about_13_gb() -> None:
     assert estimate_bytes(QWEN2_7B, parse_codecs("mix", range(28)), 1_000_000) == pytest.approx(12.9e9, rel=0.01)
     assert estimate_bytes(QWEN2_7B, parse_codecs("raw", range(28)), 1_000_000) == pytest.approx(43e9, rel=0.01)

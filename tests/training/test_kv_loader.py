@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from kvstore import samples
 from kvstore.errors import CorruptShardError
 from kvstore.reader import CodeBatch, Store, open_store
 from tests.stores import Source, random_source, small_spec, write_store
+from training.handover import INTERVAL_S
 from training.kv_loader import KVLoader, PackedBatch
 from training.loader import KVCollator, KVDataset
 from training.sampler import BatchPlan, KVBatchSampler, SampleTable
@@ -183,6 +185,18 @@ def test_a_resumed_loop_reads_nothing_that_it_skips(store: Store, monkeypatch: p
     monkeypatch.setattr(Store, "read_codes", read)
     assert [batch.samples for batch in loader] == whole[3:]
     assert reads == whole[3:]
+
+
+def test_threads_hand_over_sooner_while_a_loader_iterates_and_as_before_when_all_are_done(store: Store) -> None:
+    before = sys.getswitchinterval()
+    first, second = (iter(KVLoader(store, batch_size=4)) for _ in range(2))
+    next(first)
+    next(second)
+    assert sys.getswitchinterval() == pytest.approx(INTERVAL_S)
+    first.close()
+    assert sys.getswitchinterval() == pytest.approx(INTERVAL_S)
+    assert len(list(second)) == 4
+    assert sys.getswitchinterval() == before
 
 
 def test_an_epoch_is_planned_by_the_summary_of_the_shards_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
