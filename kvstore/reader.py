@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 import shutil
 import tempfile
 import weakref
@@ -116,6 +117,7 @@ class Store:
             )
         self._arrays: dict[str, ts.TensorStore] = {}
         self._verified: set[int] = set()
+        self._process = os.getpid()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -178,6 +180,7 @@ class Store:
             ValueError: no such layer, or layers of different head dims, which fit no one array.
             CorruptShardError: a committed shard is missing, damaged or another; shard and sample are named.
             OSError: the bucket cannot be reached.
+            RuntimeError: this process was forked after the store was opened.
         """
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
         batch = self.read_codes(sample_indices, wanted)
@@ -292,6 +295,11 @@ class Store:
         return (parts[0] if len(parts) == 1 else ts.concat(parts, axis=axis)).read()
 
     def _open(self, array: str) -> ts.TensorStore:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self.location}: opened in process {self._process}, which was forked since; tensorstore's threads are not in this one. "
+                "Start workers with multiprocessing_context='spawn'"
+            )
         if array not in self._arrays:
             self._arrays[array] = open_array(self.storage, self.manifest, array, context=self._context)
         return self._arrays[array]
