@@ -15,6 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from kvstore import open_store
 from tests.stores import write_sample_tables
 
+pytestmark = pytest.mark.slow
 MAX_EXTRA_S = 0.3
 
 
