@@ -36,6 +36,12 @@ def test_an_unknown_setting_is_refused() -> None:
         pytest.param({"ce_only": True, "shuffle_targets": True}, "expected one", id="two controls at once"),
         pytest.param({"batch_size": 16, "micro_batch_size": 5}, "divisor of batch_size 16", id="uneven micro-batches"),
         pytest.param({"batch_size": 1, "shuffle_targets": True}, "no other sample", id="nothing to shuffle with"),
+        pytest.param({"micro_batch_tokens": 512}, "without batch_tokens", id="a part of nothing"),
+        pytest.param({"batch_tokens": 512, "micro_batch_size": 4}, "expected micro_batch_tokens", id="samples of tokens"),
+        pytest.param({"batch_tokens": 512, "micro_batch_tokens": 513}, "at most batch_tokens 512", id="a part larger than all"),
+        pytest.param({"batch_tokens": 512, "shuffle_targets": True}, "has no other", id="perhaps nothing to shuffle with"),
+        pytest.param({"fsdp": True, "adapter": "linear"}, "not sharded", id="sharded adapters"),
+        pytest.param({"fsdp": True, "lora_rank": 4}, "cannot be merged", id="sharded LoRA"),
         pytest.param({"kv_until": 1.5}, "less than or equal to 1", id="more than all steps"),
     ],
 )
