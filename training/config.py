@@ -128,7 +128,9 @@ class TrainConfig(BaseModel):
         if self.fsdp and self.adapter != "none":
             raise ValueError(f"adapter: got {self.adapter} with fsdp, expected none there: adapters are not sharded")
         if self.fsdp and self.lora_rank is not None:
-            raise ValueError(f"lora_rank: got {self.lora_rank} with fsdp, expected none there: sharded weights cannot be merged")
+            raise ValueError(
+                f"lora_rank: got {self.lora_rank} with fsdp, expected none there: sharded weights cannot be merged"
+            )
         if self.adapter != "none" and (self.kv_loss == "relation" or self.kv_steps == 0):
             reason = "no KV loss" if self.kv_steps == 0 else "kv_loss relation, which compares unlike geometries as they are"
             raise ValueError(f"adapter: got {self.adapter} with {reason}, expected none there")

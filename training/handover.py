@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 
 INTERVAL_S = 2e-4
-"""Python's own 5 ms make a batch wait 5 ms at every return from native code while another thread computes in Python; with 0.2 ms a
-loader waits a tenth as long (docs/training.md)."""
+"""With Python's own 5 ms a reading thread waits that long at every return from native code while another computes in Python: measured,
+21 % of the time was spent waiting for data, and 3 % with 0.2 ms (docs/training.md)."""
 
 _lock = threading.Lock()
 _users = 0

@@ -110,7 +110,8 @@ class KVLoader:
         device: torch.device | str = "cpu",
         prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
-        """Plan over all samples of a store, by the summary of its shards alone; columns of samples are read for the first batch.
+        """Plan over all samples of a store: by the summary of its shards alone, or with `batch_tokens` by the samples' lengths as well.
+        Other columns are read for the first batch.
 
         Args:
             batch_size: samples of a global batch, over all ranks.
@@ -205,7 +206,7 @@ class KVLoader:
             raise ValueError(
                 f"state: got samples_consumed {consumed!r}, expected the end of a batch of epoch {epoch}: {_some(cuts)}"
             )
-        self._epoch, self._consumed = epoch, int(consumed)
+        self._epoch, self._consumed = epoch, consumed
 
     @property
     def _plan_hash(self) -> str:

@@ -74,6 +74,14 @@ class Cluster:
             self.ray.shutdown()
 
 
+def passed_on() -> dict[str, str]:
+    """The environment variables that say how to reach a bucket, for processes on other machines.
+
+    To be given to them as an argument: Ray shows what it is told as a runtime environment to everyone on its dashboard.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_", "KVPIPE_"))}
+
+
 def available_cpus() -> int:
     """CPUs this process may use: of its affinity, and of its container's share."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,16 +10,13 @@ from typing import Any
 
 from kvstore.storage import Storage
 from pipeline.executors.base import Loss, OnBadSample, Say, WorkerLostError
-from pipeline.executors.cluster import Cluster
+from pipeline.executors.cluster import Cluster, passed_on
 from pipeline.executors.crew import READY_TIMEOUT_S
 from pipeline.executors.placement import place
 from pipeline.executors.schedule import GPU_SLOTS, ScheduledExecutor
 from pipeline.node import NodeInfo, Nonce, inspect_node, nonce_in, refuse_different
 from pipeline.stop import NEVER, Stop
 from pipeline.worker import TeacherInfo, TeacherSource, Worker
-
-PASSED_ON = ("AWS_", "GOOGLE_", "KVPIPE_")
-"""Beginnings of the environment variables that say how to reach a bucket."""
 
 
 class RayExecutor(ScheduledExecutor):
@@ -153,10 +150,8 @@ class _Actors:
 
     def _launch(self) -> tuple[Any, Any]:
         actor = self._actor_class.remote()
-        # As an argument: Ray shows what it is told as a runtime environment to everyone on its dashboard.
-        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         threads = int(os.environ.get("OMP_NUM_THREADS") or self._placement.cpus)
-        handle = actor.load.remote(self._source, environment, threads, self._nonce)
+        handle = actor.load.remote(self._source, passed_on(), threads, self._nonce)
         self._actors.append(actor)
         self._loading.add(handle)
         return actor, handle

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.executors.base import ExecutorError
-from pipeline.executors.cluster import Cluster
-from pipeline.executors.on_ray import PASSED_ON
+from pipeline.executors.cluster import Cluster, passed_on
 from pipeline.executors.placement import place
 
 
@@ -39,15 +38,14 @@ def run_ranks(
 
         folder = shared.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
         job = TorchTrainer(
-            functools.partial(_in_folder, str(Path.cwd()), function),
+            functools.partial(_as_here, str(Path.cwd()), passed_on(), function),
             scaling_config=ScalingConfig(
                 num_workers=placement.workers,
                 use_gpu=placement.gpus > 0,
                 resources_per_worker={"CPU": placement.cpus, **({"GPU": 1} if placement.gpus else {})},
             ),
-            run_config=RunConfig(name=name, storage_path=str(folder), worker_runtime_env={"env_vars": environment}),
+            run_config=RunConfig(name=name, storage_path=str(folder)),
         )
         try:
             job.fit()
@@ -62,8 +60,9 @@ def run_ranks(
         cluster.close()
 
 
-def _in_folder(folder: str, function: Callable[[], object]) -> None:
-    """On a rank: paths of the settings mean what they mean where the command was typed."""
+def _as_here(folder: str, environment: dict[str, str], function: Callable[[], object]) -> None:
+    """On a rank: paths and buckets of the settings mean what they mean where the command was typed."""
+    os.environ.update(environment)
     try:
         os.chdir(folder)
     except OSError as error:
