@@ -105,7 +105,8 @@ class TrainConfig(BaseModel):
     torch_compile: bool = False
     """Compile the student's parts around its attention with torch.compile: norms and MLPs. Attention has kernels of its own."""
     fsdp: bool = False
-    """Shard weights, gradients and optimizer over the ranks (FSDP2) instead of a copy of each on every rank."""
+    """Shard weights, gradients and optimizer over the ranks (FSDP2) instead of a copy of each on every rank; on GPUs only.
+    A run is resumed as it began: sharded or not."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     threads: Positive | None = None

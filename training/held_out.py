@@ -56,19 +56,28 @@ def split_held_out(
 
 
 def held_out_batches(table: SampleTable, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[SampleBatch]:
-    """One rank's batches of one pass in store order, without keys and values; the last may be short."""
+    """One rank's batches of one pass in store order, without keys and values; the last may be short.
+
+    Every rank has as many: sharded weights are gathered for each forward pass, which all ranks must take part in. Where samples run
+    out, a rank gets the first one again with weight 0.
+    """
     batches = []
-    for first in range(rank * batch_size, len(table), world_size * batch_size):
-        rows = slice(first, first + batch_size)
-        batches.append(
-            SampleBatch(
-                table.index[rows].tolist(),
-                step=0,
-                num_predicted=int((table.count[rows] * table.predicted[rows]).sum()),
-                targets=None,
-                num_targets=0,
-                num_computed=int(table.predicted[rows].sum()),
-                weights=weights_of(table.count[rows]),
-            )
-        )
+    for first in range(0, len(table), world_size * batch_size):
+        rows = slice(first + rank * batch_size, min(first + (rank + 1) * batch_size, len(table)))
+        if rows.start >= len(table):
+            batches.append(_batch(table, slice(1), np.zeros(1, dtype=np.int64)))
+        else:
+            batches.append(_batch(table, rows, table.count[rows]))
     return batches
+
+
+def _batch(table: SampleTable, rows: slice, weights: Int[np.ndarray, "sample"]) -> SampleBatch:
+    return SampleBatch(
+        table.index[rows].tolist(),
+        step=0,
+        num_predicted=int((weights * table.predicted[rows]).sum()),
+        targets=None,
+        num_targets=0,
+        num_computed=int(table.predicted[rows][weights > 0].sum()),
+        weights=weights_of(weights),
+    )

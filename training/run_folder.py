@@ -22,7 +22,7 @@ PLOT = "loss.png"
 FREE_FIELDS = frozenset(
     {
         *("store", "out", "resume", "device", "threads", "workers", "report_to"),
-        *("micro_batch_size", "micro_batch_tokens", "activation_checkpointing", "torch_compile", "fsdp"),
+        *("micro_batch_size", "micro_batch_tokens", "activation_checkpointing", "torch_compile"),
     }
 )
 """Settings a resumed run may change: they say where and how it computes, not what."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kvstore.errors import ShardNotCommittedError
@@ -82,11 +83,12 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
     if objective is not None and config.adapter != "none":
         model.add_module(ADAPTERS, KVAdapters(objective.targets.alignment, config.adapter))
     data = _plan_data(config, store, tokenizer, objective)
+    arguments = _arguments(config, data)
     checkpoint = _begin(config, folder, store, objective)
     use_cache = model.config.use_cache
     trainer = KVDistillTrainer(
         model=model,
-        args=_arguments(config, data),
+        args=arguments,
         tokenizer=tokenizer,
         data=data,
         objective=objective,
@@ -241,6 +243,8 @@ def _samples_identity(store: Readable) -> dict[str, Any]:
 
 
 def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
+    if config.fsdp and _rank()[1] == 1:
+        raise ValueError("fsdp: got one rank, expected several to shard over: start them with torchrun, or with --ray-workers")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, but torch sees no GPU; set device to cpu or auto, or install a CUDA build of torch")
     arguments = TrainingArguments(
@@ -271,8 +275,10 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
-    if config.fsdp and _rank()[1] == 1:
-        raise ValueError("fsdp: got one rank, expected several to shard over: start them with torchrun, or with --ray-workers")
+    if config.fsdp and arguments.distributed_state.distributed_type is DistributedType.MULTI_CPU:
+        raise ValueError(
+            "fsdp: got ranks on CPUs, expected one GPU for each: accelerate shards weights there only; leave fsdp out"
+        )
     if arguments.n_gpu > 1:
         raise ValueError(
             f"device: {arguments.n_gpu} GPUs are visible to one process, expected one; start one process per GPU with "

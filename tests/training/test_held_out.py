@@ -13,14 +13,23 @@ from tests.training.test_sampler import table
 from training.held_out import held_out_batches, split_held_out
 
 
-def test_held_out_batches_have_every_sample_once_over_the_ranks_and_no_targets() -> None:
-    samples = table(11)
+@pytest.mark.parametrize("number", [1, 2, 4, 6, 7, 11, 12])
+def test_held_out_batches_have_every_sample_once_over_the_ranks_and_no_targets(number: int) -> None:
+    samples = table(number)
     ranks = [held_out_batches(samples, 2, rank=rank, world_size=3) for rank in range(3)]
     every = [batch for rank in ranks for batch in rank]
-    assert sorted(sample for batch in every for sample in batch) == samples.index.tolist()
+    weighed = [pair for batch in every for pair in zip(batch, batch.weights or [1] * len(batch), strict=True)]
+    assert sorted(sample for sample, weight in weighed if weight) == samples.index.tolist()
     assert all(batch.targets is None for batch in every)
-    assert sum(batch.num_computed for batch in every) == samples.num_tokens.sum() - 11
+    assert sum(batch.num_computed for batch in every) == samples.num_tokens.sum() - number
     assert sum(batch.num_predicted for batch in every) == (samples.count * (samples.num_tokens - 1)).sum()
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 6, 7, 11, 12])
+def test_every_rank_has_as_many_held_out_batches_and_none_is_empty(number: int) -> None:
+    ranks = [held_out_batches(table(number), 2, rank=rank, world_size=3) for rank in range(3)]
+    assert {len(batches) for batches in ranks} == {-(-number // 6)}
+    assert all(batch for batches in ranks for batch in batches)
 
 
 def ids_of(num_samples: int) -> list[str]:

@@ -37,6 +37,30 @@ if stop := int(os.environ.get("STOP_AFTER", "0")):
     trainer.KVDistillTrainer.compute_loss = compute_loss
 trainer.run_training(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
 """
+SHARDED_MAIN = (
+    """
+# accelerate shards on GPUs only: it is told that these ranks are some. Shards and collectives are torch's own, over gloo.
+import torch
+from accelerate.state import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+torch.distributed.init_process_group("gloo")
+PartialState._prepare_backend = lambda *_args, **_kwargs: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+from training.distill import KVDistillTrainer
+as_it_is, steps = KVDistillTrainer.compute_loss, []
+def compute_loss(self, *args, **kwargs):
+    if steps:
+        return as_it_is(self, *args, **kwargs)
+    steps.append(self.state.global_step)
+    weights = dict(self.model.named_parameters())
+    assert all(isinstance(weight, DTensor) for weight in weights.values()), weights.keys()
+    held, every = sum(w.to_local().numel() for w in weights.values()), sum(w.numel() for w in weights.values())
+    assert held <= 0.6 * every, (held, every)
+    return as_it_is(self, *args, **kwargs)
+KVDistillTrainer.compute_loss = compute_loss
+"""
+    + MAIN
+)
 NAMES = ("loss", "ce", "kv_loss", "grad_norm", "eval_loss", "eval_nats_per_byte", "tokens")
 
 
@@ -50,13 +74,15 @@ ACCELERATE = (
 )
 
 
-def on_ranks(config: Any, folder: Path, number: int, stop_after: int = 0, launcher: tuple[str, ...] = TORCHRUN) -> None:
+def on_ranks(
+    config: Any, folder: Path, number: int, stop_after: int = 0, launcher: tuple[str, ...] = TORCHRUN, main: str = MAIN
+) -> None:
     """Run a training on so many ranks; all of them vanish in a step if told so."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / "config.json").write_text(config.model_dump_json())
-    (folder / "main.py").write_text(MAIN)
+    (folder / "main.py").write_text(main)
     command = [sys.executable, "-m", *(part.format(number=number, port=port) for part in launcher)]
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "STOP_AFTER": str(stop_after)}
@@ -116,13 +142,23 @@ def test_a_run_goes_on_with_more_and_with_fewer_ranks(store_path: Path, student:
 def test_sharded_weights_train_as_whole_ones_and_are_saved_whole(store_path: Path, student: str, tmp_path: Path) -> None:
     one = run_training(settings(store_path, student, tmp_path / "one"))
     config = one.config.model_copy(update={"out": tmp_path / "run", "fsdp": True, "save_every": 3})
-    on_ranks(config, tmp_path, 2, stop_after=5)
-    on_ranks(config.model_copy(update={"resume": True}), tmp_path, 2)
+    on_ranks(config, tmp_path, 2, stop_after=5, main=SHARDED_MAIN)
+    assert not (config.out / "summary.json").exists()
+    on_ranks(config.model_copy(update={"resume": True}), tmp_path, 4, main=SHARDED_MAIN)
     for name in NAMES:
         assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
     whole, sharded = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one.out, config.out))
     for (name, expected), (_, found) in zip(whole.named_parameters(), sharded.named_parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_sharding_where_accelerate_would_not_is_refused(
+    store_path: Path, student: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        on_ranks(settings(store_path, student, tmp_path / "run", fsdp=True), tmp_path, 2)
+    assert "fsdp: got ranks on CPUs, expected one GPU for each" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_ray_starts_ranks_that_train_as_one(store_path: Path, student: str, tmp_path: Path) -> None:
