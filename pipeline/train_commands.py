@@ -49,7 +49,7 @@ def train(
     The trained student in OUT/model loads with transformers' AutoModelForCausalLM where kvpipe is not installed.
 
     Several ranks train as one: the same batches, the same losses. On one machine start them with torchrun, on a cluster with
-    --ray-workers, or with whatever sets RANK and WORLD_SIZE; --set fsdp=true shards the student over them.
+    --ray-workers, or with whatever sets RANK and WORLD_SIZE; --set fsdp=true shards the student over their GPUs.
 
     \b
     kvpipe train --store kv --student qwen2-0.5b --out runs/kv
