@@ -31,8 +31,9 @@ from kvstore.codec import KINDS, Kind
 from kvstore.reader import CodeBatch, Store
 from kvstore.records import fingerprint
 from training.handover import quick_handover
+from training.mixture import sample_table
 from training.order import Shards, Shuffle
-from training.sampler import BatchPlan, KVBatchSampler, SampleBatch, SampleTable, Tail
+from training.sampler import BatchPlan, KVBatchSampler, SampleBatch, Tail
 
 STATE_VERSION = 1
 PREFETCH_BYTES = 2**30
@@ -60,6 +61,14 @@ class PackedBatch:
     """Tokens with keys and values."""
     kv: Mapping[int, tuple[Float[Tensor, "token kv_head key_dim"], Float[Tensor, "token kv_head value_dim"]]]
     """Keys and values by teacher layer."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device; Lightning and accelerate ask for it. `KVLoader(device=...)` moves a fraction of the bytes."""
+        move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
+        tokens: dict[str, Any] = {name: move(getattr(self, name)) for name in ("input_ids", "cu_seqlens", "learnt", "has_kv")}
+        return dataclasses.replace(
+            self, **tokens, kv={layer: (move(key), move(value)) for layer, (key, value) in self.kv.items()}
+        )
 
     def padded(self, pad_id: int = 0) -> dict[str, Int64[Tensor, "sample position"]]:
         """`input_ids` and `attention_mask` padded on the right, as models take them."""
@@ -139,22 +148,11 @@ class KVLoader:
             tail=tail,
             balance=balance,
         )
-        self._sampler = KVBatchSampler(self._table, self._plan, shards=shards, rank=rank, world_size=world_size)
+        self._sampler = KVBatchSampler(lambda: sample_table(store), self._plan, shards=shards, rank=rank, world_size=world_size)
         self._prefetch_bytes = prefetch_bytes
         self._on_device: dict[tuple[int, Kind], tuple[Tensor | None, Tensor | None]] = {}
         self._epoch = self._consumed = 0
         self._known_cuts: tuple[int, Int64[np.ndarray, "boundary"]] | None = None
-
-    def _table(self) -> SampleTable:
-        samples = self.store.samples
-        return SampleTable(
-            index=np.arange(len(samples)),
-            shard=samples.shard,
-            num_tokens=samples.num_tokens,
-            count=samples.count,
-            predicted=self.store.count_learnt(1),
-            compared=self.store.count_compared(),
-        )
 
     def __len__(self) -> int:
         """Batches of the whole epoch that the next batch is of."""

@@ -18,6 +18,7 @@ from kvstore.manifest import Manifest
 from kvstore.reader import KVBatch, Store, open_store
 from kvstore.records import differences, fingerprint
 from kvstore.spec import KVSpec
+from training.sampler import SampleTable
 
 _ALIKE = ("weights", "tokenizer", "dtype", "layers", "spec", "alignment", "template", "response_only", "fit", "time")
 """Fields of the signal that make numbers comparable; codecs may differ, for what is read is decoded."""
@@ -173,3 +174,21 @@ def fingerprint_of(store: Readable) -> str:
     if isinstance(store, Store):
         return store.manifest.fingerprint
     return fingerprint({"stores": [each.manifest.fingerprint for each in store.stores]})
+
+
+def sample_table(store: Readable, *, sink_tokens: int = 0) -> SampleTable:
+    """All samples of a store as a sampler wants them.
+
+    Args:
+        sink_tokens: first positions of each sample that are not compared.
+    """
+    samples = store.samples
+    return SampleTable(
+        index=np.arange(len(store), dtype=np.int64),
+        shard=samples.shard,
+        num_tokens=samples.num_tokens,
+        count=samples.count,
+        predicted=store.count_learnt(1),
+        compared=store.count_compared(sink_tokens),
+        store=samples.store if isinstance(samples, Samples) else None,
+    )

@@ -195,6 +195,11 @@ class KVBatchSampler:
         """Choose the epoch the next iteration yields."""
         self.epoch = epoch
 
+    @property
+    def sampler(self) -> KVBatchSampler:
+        """Itself: Lightning tells the epoch to a batch sampler's sampler alone."""
+        return self
+
     def __len__(self) -> int:
         return self.steps_per_epoch * self.micro_batches_per_step
 

@@ -30,7 +30,7 @@ from training.distill import KVDistillTrainer, KVObjective, TrainData
 from training.handover import quick_handover
 from training.held_out import held_out_batches, split_held_out
 from training.loader import KVCollator, KVDataset
-from training.mixture import Mixture, Readable, fingerprint_of, open_stores, stores_of
+from training.mixture import Readable, fingerprint_of, open_stores, sample_table, stores_of
 from training.report import plot_runs
 from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
 from training.sampler import BatchPlan, KVBatchSampler, SampleTable
@@ -137,16 +137,7 @@ def _plan_data(
     config: TrainConfig, store: Readable, tokenizer: PreTrainedTokenizerBase, objective: KVObjective | None
 ) -> TrainData:
     """Split the store and plan this rank's batches."""
-    samples = store.samples
-    table = SampleTable(
-        np.arange(len(samples)),
-        samples.shard,
-        samples.num_tokens,
-        samples.count,
-        predicted=store.count_learnt(1),
-        compared=store.count_compared(config.sink_tokens),
-        store=store.samples.store if isinstance(store, Mixture) else None,
-    )
+    samples, table = store.samples, sample_table(store, sink_tokens=config.sink_tokens)
     train, held_out = (
         table.select(chosen)
         for chosen in split_held_out(

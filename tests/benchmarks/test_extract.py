@@ -142,6 +142,7 @@ class Bench:
             "device": self.geometry.device,
             "codec": "mix",
             "accept_fidelity": True,
+            "gate_tokens": 256,  # it is not timed
             **more,
         }
         config = ExtractConfig.model_validate(settings)

@@ -22,7 +22,8 @@ from tests.stores import Source, random_source, small_spec, write_store
 from training.handover import INTERVAL_S
 from training.kv_loader import KVLoader, PackedBatch
 from training.loader import KVCollator, KVDataset
-from training.sampler import BatchPlan, KVBatchSampler, SampleTable
+from training.mixture import sample_table
+from training.sampler import BatchPlan, KVBatchSampler
 
 LENGTHS = [5, 64, 63, 65, 1, 128, 30, 7, 7, 19, 80, 2, 64, 33, 12, 9, 3, 21, 50, 11, 4]
 CODECS = ["raw", "mix", "q8", "fp8"]
@@ -72,14 +73,7 @@ def test_batches_hold_what_the_store_holds_bit_for_bit(codec: str, source: Sourc
 
 def test_the_same_batches_as_through_a_dataset_and_a_batch_sampler_element_for_element(store: Store) -> None:
     layers = store.spec.layer_numbers[:2]
-    table = SampleTable(
-        index=np.arange(len(store)),
-        shard=store.samples.shard,
-        num_tokens=store.samples.num_tokens,
-        count=store.samples.count,
-        predicted=store.count_learnt(1),
-        compared=store.count_compared(),
-    )
+    table = sample_table(store)
     window = 64 * 2**30 // (4 * store.spec.values_per_token)
     plan = BatchPlan(batch_size=4, seed=7, window_tokens=window, kv_steps=10**6)
     dataset, collator = KVDataset(store, layers), KVCollator(sink_tokens=0)

@@ -18,7 +18,8 @@ from kvstore.spec import KVSpec, LayerSpec
 from tests.stores import ROPE, Source, random_source, small_spec, write_store
 from training.loader import KVCollator, KVDataLoader, KVDataset, ReadAhead, TrainBatch
 from training.losses import IGNORED
-from training.sampler import BatchPlan, KVBatchSampler, SampleBatch, SampleTable
+from training.mixture import sample_table
+from training.sampler import BatchPlan, KVBatchSampler, SampleBatch
 
 LENGTHS = (9, 3, 70, 1, 12, 5)
 
@@ -35,12 +36,6 @@ def store(tmp_path_factory: pytest.TempPathFactory, numbers: Source) -> Store:
 
 def request(samples: Sequence[int], targets: Sequence[int] | None = None, weights: Sequence[int] | None = None) -> SampleBatch:
     return SampleBatch(samples, step=7, num_predicted=11, targets=targets, num_targets=13, num_computed=10, weights=weights)
-
-
-def table_of(store: Store, sink_tokens: int = 1) -> SampleTable:
-    samples = store.samples
-    learnt = store.count_learnt(1), store.count_compared(sink_tokens)
-    return SampleTable(np.arange(len(samples)), samples.shard, samples.num_tokens, samples.count, *learnt)
 
 
 def load(dataset: KVDataset, batch: SampleBatch, sink_tokens: int = 0) -> TrainBatch:
@@ -92,7 +87,7 @@ def test_shuffled_targets_bring_another_samples_keys_and_values_to_the_same_posi
 
 
 def test_the_rows_are_as_many_as_the_sampler_counted(store: Store) -> None:
-    table = table_of(store, sink_tokens=4)
+    table = sample_table(store, sink_tokens=4)
     for shuffle in (False, True):
         plan = BatchPlan(batch_size=6, seed=3, window_tokens=1, kv_steps=9, shuffle_targets=shuffle)
         (batch,) = KVBatchSampler(table, plan)
@@ -130,7 +125,7 @@ def test_tokens_not_to_be_learnt_from_have_no_labels_and_no_rows(masked: Store, 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_the_sampler_counts_what_the_loss_mask_leaves(masked: Store, shuffle: bool) -> None:
     plan = BatchPlan(batch_size=3, seed=1, window_tokens=1, kv_steps=9, shuffle_targets=shuffle)
-    for request in KVBatchSampler(table_of(masked, sink_tokens=2), plan):
+    for request in KVBatchSampler(sample_table(masked, sink_tokens=2), plan):
         batch = load(KVDataset(masked, (0,)), request, sink_tokens=2)
         assert len(batch["rows"]) == batch["num_targets"]
         assert int((batch["labels"][:, 1:] != IGNORED).sum()) == batch["num_predicted"]
@@ -196,7 +191,7 @@ def test_the_dataset_pickles_and_reads_the_same_elsewhere(store: Store) -> None:
 
 @pytest.mark.slow
 def test_worker_processes_deliver_the_same_batches_in_the_same_order(store: Store) -> None:
-    table = table_of(store)
+    table = sample_table(store)
     plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=2)
     sampler, collator = KVBatchSampler(table, plan), KVCollator(sink_tokens=1)
     loaders = [
@@ -217,7 +212,7 @@ def test_worker_processes_deliver_the_same_batches_in_the_same_order(store: Stor
 
 
 def test_the_loader_hands_the_epoch_to_its_sampler(store: Store) -> None:
-    table = table_of(store)
+    table = sample_table(store)
     plan = BatchPlan(batch_size=2, seed=0, window_tokens=1000, kv_steps=0)
     loader = KVDataLoader(KVDataset(store, ()), batch_sampler=KVBatchSampler(table, plan), collate_fn=KVCollator(sink_tokens=1))
     first = [batch["input_ids"].tolist() for batch in loader]

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader
 
 from kvstore import KVStoreError, open_store
 from tests.kvstore.test_faults import FAULTS, Fault, pristine, source
 from training.kv_loader import KVLoader
 from training.loader import KVDataset
-from training.sampler import BatchPlan, KVBatchSampler, SampleTable
+from training.mixture import sample_table
+from training.sampler import BatchPlan, KVBatchSampler
 
 __all__ = ["pristine", "source"]
 
@@ -36,18 +36,9 @@ def by_dataset(path: Path) -> Iterator[Any]:
 
 def data_loader(path: Path, **how: Any) -> Any:
     store = open_store(path)
-    samples = store.samples
-    table = SampleTable(
-        index=torch.arange(len(store)).numpy(),
-        shard=samples.shard,
-        num_tokens=samples.num_tokens,
-        count=samples.count,
-        predicted=store.count_learnt(1),
-        compared=store.count_compared(),
-    )
     plan = BatchPlan(batch_size=2, seed=0, window_tokens=10**6, kv_steps=99)
     dataset = KVDataset(store, store.spec.layer_numbers)
-    return DataLoader(dataset, batch_sampler=KVBatchSampler(table, plan), collate_fn=as_read, **how)
+    return DataLoader(dataset, batch_sampler=KVBatchSampler(sample_table(store), plan), collate_fn=as_read, **how)
 
 
 def as_read(read: Any) -> Any:

@@ -28,10 +28,10 @@ from tests.training.conftest import make_texts, teacher_source
 from tests.training.test_targets import bake
 from training.config import TrainConfig
 from training.held_out import split_held_out
-from training.mixture import Mixture
+from training.mixture import Mixture, sample_table
 from training.report import METRICS, read_metrics
 from training.run_folder import TrainSummary
-from training.sampler import BatchPlan, KVBatchSampler, SampleTable
+from training.sampler import BatchPlan, KVBatchSampler
 from training.targets import KVTargets, measure_variances
 from training.trainer import run_training
 
@@ -138,15 +138,7 @@ def test_only_tokens_of_the_loss_mask_are_learnt_from(
 def test_the_first_step_has_the_written_out_losses(plain: TrainSummary, store_path: Path, student: str, source: Source) -> None:
     store = open_store(store_path)
     train, _ = train_samples(store)
-    samples = store.samples
-    table = SampleTable(
-        np.arange(len(samples)),
-        samples.shard,
-        samples.num_tokens,
-        samples.count,
-        store.count_learnt(1),
-        store.count_compared(4),
-    ).select(train)
+    table = sample_table(store, sink_tokens=4).select(train)
     plan = BatchPlan(batch_size=8, seed=0, window_tokens=2**40, kv_steps=KV_STEPS)
     first = next(iter(KVBatchSampler(table, plan)))
     model, _ = build_student(student, vocab_size=len(byte_tokenizer()), seed=0)
