@@ -264,12 +264,13 @@ class Store:
     ) -> tuple[dict[tuple[str, Kind], np.ndarray], dict[str, np.ndarray]]:
         """Codes by group and kind, and the numbers of each token by array; ValueError is all that tensorstore raises."""
         spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
-        pending = {
-            (group.path, kind): self._request(array_key(group, group.array(kind)), spans, rows)
-            for group, rows in slots
-            for kind in KINDS
-        }
-        beside = {name: self._request(name, spans, None) for name in self.manifest.token_arrays}
+        with ts.Batch() as batch:  # chunks of one shard are fetched together
+            pending = {
+                (group.path, kind): self._request(array_key(group, group.array(kind)), spans, rows, batch)
+                for group, rows in slots
+                for kind in KINDS
+            }
+            beside = {name: self._request(name, spans, None, batch) for name in self.manifest.token_arrays}
         codes = {where: np.asarray(future.result()) for where, future in pending.items()}
         return codes, {name: np.asarray(future.result(), dtype=TOKEN_ARRAYS[name].dtype) for name, future in beside.items()}
 
@@ -281,7 +282,9 @@ class Store:
             found.setdefault(group.path, (group, set()))[1].add(slot)
         return [(group, sorted(slots)) for group, slots in found.values()]
 
-    def _request(self, array: str, spans: Sequence[tuple[int, int]], slots: list[int] | None) -> Any:
+    def _request(
+        self, array: str, spans: Sequence[tuple[int, int]], slots: list[int] | None, batch: ts.Batch | None = None
+    ) -> Any:
         """Start one read of all spans of one array."""
         view = self._open(array)
         axis = 0
@@ -290,9 +293,9 @@ class Store:
             whole = slots == list(range(view.shape[0]))
             view = view if whole else view[np.array(slots)]
         if not spans:
-            return view[(slice(None),) * axis + (slice(0, 0),)].read()
+            return view[(slice(None),) * axis + (slice(0, 0),)].read(batch=batch)
         parts = [view[(slice(None),) * axis + (slice(start, start + length),)] for start, length in spans]
-        return (parts[0] if len(parts) == 1 else ts.concat(parts, axis=axis)).read()
+        return (parts[0] if len(parts) == 1 else ts.concat(parts, axis=axis)).read(batch=batch)
 
     def _open(self, array: str) -> ts.TensorStore:
         if os.getpid() != self._process:

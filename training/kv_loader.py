@@ -26,8 +26,8 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from kvstore import codec
-from kvstore.calibration import channels_of
 from kvstore.codec import KINDS, Kind
+from kvstore.manifest import Group
 from kvstore.reader import CodeBatch, Store
 from kvstore.records import fingerprint
 from training.handover import quick_handover
@@ -150,7 +150,7 @@ class KVLoader:
         )
         self._sampler = KVBatchSampler(lambda: sample_table(store), self._plan, shards=shards, rank=rank, world_size=world_size)
         self._prefetch_bytes = prefetch_bytes
-        self._on_device: dict[tuple[int, Kind], tuple[Tensor | None, Tensor | None]] = {}
+        self._on_device: dict[tuple[str, Kind], tuple[Tensor | None, Tensor | None]] = {}
         self._epoch = self._consumed = 0
         self._known_cuts: tuple[int, Int64[np.ndarray, "boundary"]] | None = None
 
@@ -234,15 +234,19 @@ class KVLoader:
                     pending.append((size, following, executor.submit(self._read, following)))
                     in_flight += size
                     following = next(requests, None)
-                size, request, future = pending.popleft()
-                read = future.result()
-                in_flight -= size
-                batch = self._pack(request, read) if isinstance(read, CodeBatch) else read
+                in_flight -= pending[0][0]
+                # Popped as it is handed over, and taken elsewhere: a name here would keep a batch until the next is asked for.
+                taken = [self._take(*pending.popleft()[1:])]
                 done += 1
                 self._consumed = int(cuts[done])
                 if done == len(cuts) - 1:
                     self._epoch, self._consumed = self._epoch + 1, 0
-                yield batch
+                yield taken.pop()
+
+    def _take(self, request: SampleBatch, future: Future[CodeBatch | PackedBatch]) -> PackedBatch:
+        """Wait for a batch that is being read."""
+        read = future.result()
+        return self._pack(request, read) if isinstance(read, CodeBatch) else read
 
     def _read(self, request: SampleBatch) -> CodeBatch | PackedBatch:
         """In a thread: a whole batch for the CPU, codes for a GPU, whose work is given to it by the thread that trains."""
@@ -280,28 +284,35 @@ class KVLoader:
         )
 
     def _decode(self, codes: CodeBatch) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values of the layers wanted, from codes that are decoded on the device."""
-        manifest = self.store.manifest
-        decoded: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-        for group in manifest.groups:
-            slots = sorted(slot for slot, layer in enumerate(group.layers) if layer in decoded)
-            for kind in KINDS if slots else ():
+        """Keys and values of the layers wanted, decoded on the device; all layers of a group at once, for every call costs a busy
+        interpreter a handover."""
+        sides: list[dict[int, Tensor]] = []
+        for kind in KINDS:
+            sides.append({})
+            for group, slots in self._slots:
                 moved = self._tensor(codes.codes[group.path, kind])
-                for row, slot in enumerate(slots):
-                    channels = self._channels(group.layers[slot], kind)
-                    decoded[group.layers[slot]].append(codec.decode(group.quantizer(kind), moved[row], *channels))
-        return {layer: (sides[0], sides[1]) for layer, sides in decoded.items()}
+                values = codec.decode(group.quantizer(kind), moved, *self._channels(group, kind, slots))
+                sides[-1].update({group.layers[slot]: values[row] for row, slot in enumerate(slots)})
+        return {layer: (sides[0][layer], sides[1][layer]) for layer in self.layers}
 
-    def _channels(self, layer: int, kind: Kind) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and step on the device; brought there once."""
-        if (layer, kind) not in self._on_device:
-            group, slot = self.store.manifest.group_of(layer)
-            mean, step = channels_of(self.store.calibration, group, kind, slot)
-            self._on_device[layer, kind] = (
-                None if mean is None else self._tensor(mean),
-                None if step is None else self._tensor(step),
+    @functools.cached_property
+    def _slots(self) -> list[tuple[Group, list[int]]]:
+        """The groups that hold layers wanted, with their slots in the order of codes."""
+        wanted = set(self.layers)
+        found = [
+            (group, [slot for slot, layer in enumerate(group.layers) if layer in wanted]) for group in self.store.manifest.groups
+        ]
+        return [(group, slots) for group, slots in found if slots]
+
+    def _channels(self, group: Group, kind: Kind, slots: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        """Means and steps on the device; brought there once."""
+        if (group.path, kind) not in self._on_device:
+            mean, step = self.store.calibration.get(group.path, {}).get(kind, (None, None))
+            self._on_device[group.path, kind] = (
+                None if mean is None else self._tensor(mean[slots]),
+                None if step is None else self._tensor(step[slots]),
             )
-        return self._on_device[layer, kind]
+        return self._on_device[group.path, kind]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

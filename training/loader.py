@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -130,21 +129,32 @@ class KVCollator:
         """
         if not read.targets:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        own, targets = read.tokens, read.targets[0]
-        rows, sources = [], []
-        for sample, (ours, theirs) in enumerate(zip(self._compared(own), self._compared(targets), strict=True)):
-            common = min(len(ours), len(theirs))
-            rows.append(sample * padded + ours[:common] - own.cu_seqlens[sample])
-            sources.append(theirs[:common])
-        return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(sources))
+        places, samples = sources, targets = self._compared(read.tokens)
+        if read.targets[0] is not read.tokens:
+            sources, targets = self._compared(read.targets[0])
+        if not np.array_equal(samples, targets):
+            common = np.minimum(*(np.bincount(each, minlength=len(read.request)) for each in (samples, targets)))
+            places, samples = _first_of_each(places, samples, common)
+            sources, _ = _first_of_each(sources, targets, common)
+        rows = places + (samples * padded - read.tokens.cu_seqlens[samples])
+        return torch.from_numpy(rows), torch.from_numpy(sources)
 
-    def _compared(self, tokens: TokenBatch) -> list[Int64[np.ndarray, "compared"]]:
-        """Of each sample the packed positions that are learnt from, have keys and values, and are no attention sinks."""
-        compared = tokens.compared
-        return [
-            np.flatnonzero(compared[first + self._sink_tokens : last]) + first + self._sink_tokens
-            for first, last in itertools.pairwise(tokens.cu_seqlens.tolist())
-        ]
+    def _compared(self, tokens: TokenBatch) -> tuple[Int64[np.ndarray, "compared"], Int64[np.ndarray, "compared"]]:
+        """Packed positions that are learnt from, have keys and values, and are no attention sinks, and the sample of each."""
+        lengths = np.diff(tokens.cu_seqlens)
+        samples = np.repeat(np.arange(len(lengths)), lengths)
+        place = np.arange(len(samples)) - tokens.cu_seqlens[samples]
+        kept = np.flatnonzero(tokens.compared & (place >= self._sink_tokens))
+        return kept, samples[kept]
+
+
+def _first_of_each(
+    places: Int64[np.ndarray, "place"], samples: Int64[np.ndarray, "place"], counts: Int64[np.ndarray, "sample"]
+) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "kept"]]:
+    """Of places in order of their samples, so many of each sample."""
+    rank = np.arange(len(samples)) - np.searchsorted(samples, samples)
+    kept = rank < counts[samples]
+    return places[kept], samples[kept]
 
 
 def _select(values: np.ndarray, rows: Tensor) -> Tensor:

@@ -197,9 +197,11 @@ def waits(loader: Iterator[Any], compute: Callable[[float], None], seconds: floa
     compute(seconds)
     while True:
         asked = time.perf_counter()
-        if next(loader, None) is None:
-            break
+        batch = next(loader, None)
         waited += time.perf_counter() - asked
+        if batch is None:
+            break
+        del batch  # as a loop does when it has computed: giving memory back is no waiting for data
         compute(seconds)
     return waited / (time.perf_counter() - begun)
 

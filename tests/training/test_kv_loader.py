@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ def test_a_padded_tail_has_weight_0_and_is_reported(store: Store) -> None:
 class Slow:
     """Reads that take their time, and tell how many bytes of codes are read or waiting."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, delays: Sequence[float] = (), broken: int | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, delays: Sequence[float] = (), broken: Sequence[int] = ()) -> None:
         self.begun = 0
         genuine = Store.read_codes
 
@@ -253,7 +254,7 @@ class Slow:
             number, self.begun = self.begun, self.begun + 1
             if number < len(delays):
                 time.sleep(delays[number])
-            if number == broken:
+            if tuple(indices) == tuple(broken):
                 raise CorruptShardError("shard 2: injected")
             return genuine(store, indices, *rest, **how)
 
@@ -268,6 +269,16 @@ def test_batches_come_in_order_whatever_reads_are_slow(store: Store, monkeypatch
     expected = [batch.samples for batch in KVLoader(store, batch_size=4)]
     Slow(monkeypatch, delays=[0.3, 0, 0.1, 0, 0])
     assert [batch.samples for batch in KVLoader(store, batch_size=4)] == expected
+
+
+def test_a_batch_is_given_back_as_soon_as_the_loop_lets_go_of_it(store: Store) -> None:
+    loader = iter(KVLoader(store, batch_size=4))
+    batch = next(loader)
+    ids, key = weakref.ref(batch.input_ids), weakref.ref(batch.kv[0][0])
+    assert ids() is not None
+    del batch
+    assert (ids(), key()) == (None, None), "the loader keeps what it has handed over"
+    loader.close()  # type: ignore[attr-defined]  # a generator
 
 
 def test_reading_ahead_keeps_to_its_budget_and_one_batch_is_always_admitted(
@@ -291,12 +302,14 @@ def test_reading_ahead_keeps_to_its_budget_and_one_batch_is_always_admitted(
 
 
 def test_an_error_comes_where_its_batch_would_and_leaves_nothing_running(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    Slow(monkeypatch, broken=2)
-    batches = iter(KVLoader(store, batch_size=4, prefetch_bytes=10**9))
+    loader = KVLoader(store, batch_size=4, prefetch_bytes=10**9)
+    Slow(monkeypatch, broken=[batch.samples for batch in KVLoader(store, batch_size=4)][2])
+    batches = iter(loader)
     assert len(list(itertools.islice(batches, 2))) == 2
     with pytest.raises(CorruptShardError, match="injected"):
         next(batches)
     assert loader_threads() == 0
+    assert loader.state_dict()["samples_consumed"] == 8, "the batch that failed is still to come"
 
 
 @pytest.mark.parametrize("how", ["break", "raise", "close"])
