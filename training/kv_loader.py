@@ -300,7 +300,8 @@ class KVLoader:
         """The groups that hold layers wanted, with their slots in the order of codes."""
         wanted = set(self.layers)
         found = [
-            (group, [slot for slot, layer in enumerate(group.layers) if layer in wanted]) for group in self.store.manifest.groups
+            (group, [slot for slot, layer in enumerate(group.layers) if layer in wanted])
+            for group in self.store.manifest.groups
         ]
         return [(group, slots) for group, slots in found if slots]
 
