@@ -94,6 +94,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self._objective = objective and dataclasses.replace(objective, variances=objective.variances.to(args.device))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: ReadAhead | None = None
+        self._tap: KVTap | None = None
         self._sums = StepSums(0 if objective is None else len(objective.targets.pairs), args.device)
         self.meter = Meter(folder)
 
@@ -135,7 +136,7 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         batch: TrainBatch = inputs
         assert batch["step"] == self.state.global_step, f"batch of step {batch['step']} in step {self.state.global_step}"
         objective = self._objective if batch["teacher"] else None
-        tap = None if objective is None else self._tap(model, objective)
+        tap = None if objective is None else self._tap_of(model, objective)
         with tap or contextlib.nullcontext():
             logits = _forward(model, batch)
         ce = cross_entropy(logits, batch["labels"], batch["num_predicted"], batch["weights"])
@@ -151,13 +152,16 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         share: Tensor = loss * self.accelerator.num_processes
         return share
 
-    def _tap(self, model: Any, objective: KVObjective) -> KVTap:
-        return KVTap(self.accelerator.unwrap_model(model), objective.spec, layers=objective.targets.student_layers)
+    def _tap_of(self, model: Any, objective: KVObjective) -> KVTap:
+        if self._tap is None:
+            student = self.accelerator.unwrap_model(model)
+            self._tap = KVTap(student, objective.spec, layers=objective.targets.student_layers)
+        return self._tap
 
     def _kv_errors(self, objective: KVObjective, tap: KVTap, batch: TrainBatch) -> Tensor:
         rows, weights, targets = batch["rows"], batch["weights"], objective.targets
         student = targets.student_side(
-            {layer: (take_rows(key, rows), take_rows(value, rows)) for layer, (key, value) in tap.kv.items()}
+            {layer: (take_rows(key, rows), take_rows(value, rows)) for layer, (key, value) in tap.take().items()}
         )
         adapters = self._adapters(self.model)
         samples = rows // batch["input_ids"].shape[1]

@@ -72,30 +72,32 @@ def kv_errors(
         weights: of each row; None for one each.
         samples: for `relation`, the sample of each row; rows of one sample follow each other in order.
     """
-    errors = []
-    for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
-        for kind in range(2):
-            each, scale = _row_errors(loss, ours[kind].float(), theirs[kind].detach().float(), variances[layer, kind], samples)
-            numbers = max(num_targets, 1) * math.prod(each.shape[1:])
-            total = each.sum() if weights is None else (each.flatten(1).sum(dim=1) * weights).sum()
-            errors.append(total / (numbers * scale))
-    return torch.stack(errors).reshape(len(variances), 2)
+    totals, numbers = list[Tensor](), list[int]()
+    for ours, theirs in zip(student, teacher, strict=True):
+        for own, target in zip(ours, theirs, strict=True):
+            each = _row_errors(
+                loss, own.float(), target.detach().float(), variances[len(totals) // 2, len(totals) % 2], samples
+            )
+            totals.append(each.sum() if weights is None else (each.flatten(1).sum(dim=1) * weights).sum())
+            numbers.append(max(num_targets, 1) * math.prod(each.shape[1:]))
+    divisors = variances.new_tensor(numbers).reshape(variances.shape)
+    return torch.stack(totals).reshape(variances.shape) / (divisors * variances if loss == "mse" else divisors)
 
 
 def _row_errors(
     loss: KVLoss, ours: Tensor, theirs: Tensor, variance: Tensor, samples: Int64[Tensor, "row"] | None
-) -> tuple[Float[Tensor, "row ..."], Tensor | float]:
-    """Distances with the row as first axis, and what their mean is to be divided by."""
+) -> Float[Tensor, "row ..."]:
+    """Distances with the row as first axis; `mse` is still to be divided by the variance."""
     if loss == "mse":
-        return (ours - theirs).square(), variance
+        return (ours - theirs).square()
     if loss == "smooth_l1":
         deviation = variance.sqrt()
-        return nn.functional.smooth_l1_loss(ours / deviation, theirs / deviation, reduction="none"), 1.0
+        return nn.functional.smooth_l1_loss(ours / deviation, theirs / deviation, reduction="none")
     if loss == "cosine":
-        return 1.0 - nn.functional.cosine_similarity(ours, theirs, dim=-1), 1.0
+        return 1.0 - nn.functional.cosine_similarity(ours, theirs, dim=-1)
     if samples is None:
         raise ValueError("kv_errors: the relation loss got no samples, expected the sample of each row")
-    return relation_errors(ours, theirs, samples), 1.0
+    return relation_errors(ours, theirs, samples)
 
 
 def relation_errors(

@@ -53,6 +53,12 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
 
 
 @functools.cache
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a method, without the object's own."""
+    return list(inspect.signature(forward).parameters)[1:]
+
+
+@functools.cache
 def _cache_argument(forward: Callable[..., Any]) -> str | None:
     forward = inspect.unwrap(forward)
     if "update" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
@@ -114,7 +120,7 @@ def _keeper(tables: list[object]) -> Callable[[nn.Module, Any, object], None]:
 def _injector(
     attention: AttentionModule, sink: Sink, own_tables: list[object]
 ) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    parameters = list(inspect.signature(type(attention.module).forward).parameters)[1:]
+    parameters = _parameters(type(attention.module).forward)
     config = getattr(attention.module, "config", None)
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

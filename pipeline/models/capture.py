@@ -33,7 +33,7 @@ class KVTap:
 
     After a forward, `kv` maps layer number to (key, value), each `[batch, kv_head, token, dim]`, keys in the domain of the
     spec and both part of the autograd graph. Give it the model itself, not its DDP wrapper, and call either. The
-    hooks may be gone before `backward`. Not to be shared between threads.
+    hooks may be gone before `backward`, and the same object entered again for the next forward. Not to be shared between threads.
 
     Args:
         layers: numbers of the layers wanted; all of the spec if None.
@@ -72,6 +72,11 @@ class KVTap:
         self._hooks.close()
         self._running = False
         return self._stop and kind is StopForward
+
+    def take(self) -> dict[int, KeyValue]:
+        """What the last forward left in `kv`, no longer kept here: between steps its graph would take memory."""
+        taken, self.kv = self.kv, {}
+        return taken
 
     def _begin(self, _model: nn.Module, _args: object) -> None:
         self.kv = {}

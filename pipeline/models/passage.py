@@ -14,9 +14,19 @@ from torch import Tensor, nn
 
 from kvstore.spec import KVSpec, RopeSpec
 from pipeline.models.attention import CaptureError
-from pipeline.models.rotary import Layouts, RotaryTables, rotary_tables, rotate, unrotate
+from pipeline.models.rotary import Layouts, RotaryTables, inverse, rotary_tables, rotate
 
 KeyValue = tuple[Float[Tensor, "batch kv_head token key_dim"], Float[Tensor, "batch kv_head token value_dim"]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """What a layer rotates by in one forward."""
+
+    rope: RopeSpec
+    tables: RotaryTables
+    back: RotaryTables
+    """The tables that undo it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +35,7 @@ class Passage:
 
     repeats: int
     """How often the model repeats each head before it hands them over; 1 for nearly all."""
-    rotation: tuple[RotaryTables, RopeSpec] | None
+    rotation: Rotation | None
     """None where both sides rotate alike."""
     latent: bool
     """Whether the value is what turns: the key all heads of a latent layer share."""
@@ -35,12 +45,14 @@ class Passage:
         key, value = (states if self.repeats == 1 else states[:, :: self.repeats] for states in (key, value))
         if self.rotation is None:
             return key, value
-        return (key, unrotate(value, *self.rotation)) if self.latent else (unrotate(key, *self.rotation), value)
+        rope, back = self.rotation.rope, self.rotation.back
+        return (key, rotate(value, back, rope)) if self.latent else (rotate(key, back, rope), value)
 
     def to_attention(self, key: Tensor, value: Tensor) -> KeyValue:
         """The inverse of `to_spec`, up to one rounding of what is rotated."""
         if self.rotation is not None:
-            key, value = (key, rotate(value, *self.rotation)) if self.latent else (rotate(key, *self.rotation), value)
+            rope, tables = self.rotation.rope, self.rotation.tables
+            key, value = (key, rotate(value, tables, rope)) if self.latent else (rotate(key, tables, rope), value)
         key, value = (x if self.repeats == 1 else x.repeat_interleave(self.repeats, dim=1) for x in (key, value))
         return key, value
 
@@ -56,7 +68,7 @@ class Passages:
         self._model = type(model).__name__
         self._spec = spec
         self._layouts = _LAYOUTS.setdefault(model, {})
-        self._tables: dict[int, tuple[object, RotaryTables]] = {}
+        self._tables: dict[int, tuple[object, RotaryTables, RotaryTables]] = {}
 
     def clear(self) -> None:
         self._tables.clear()
@@ -76,10 +88,10 @@ class Passages:
                 f"{expected.geometry} as the spec says. Was the spec probed on another model?"
             )
         rope = self._spec.rope_of(layer) if self._spec.key_domain == "pre_rope" else None
-        rotation = None if rope is None else (self._tables_of(layer, rope, tables), rope)
+        rotation = None if rope is None else self._rotation(layer, rope, tables)
         return Passage(repeats=repeats, rotation=rotation, latent=expected.latent)
 
-    def _tables_of(self, layer: int, rope: RopeSpec, tables: object) -> RotaryTables:
+    def _rotation(self, layer: int, rope: RopeSpec, tables: object) -> Rotation:
         # Layers share one object per forward.
         known = self._tables.get(id(tables))
         if known is None:
@@ -89,8 +101,8 @@ class Passages:
                     f"{self._model}: layer {layer} was given no rotary table of {rope.rotary_dim // 2} "
                     "frequencies, expected one as its spec says. Was the spec probed on another model?"
                 )
-            known = self._tables[id(tables)] = (tables, found)
-        return known[1]
+            known = self._tables[id(tables)] = (tables, found, inverse(found))
+        return Rotation(rope=rope, tables=known[1], back=known[2])
 
 
 def is_repeated(states: Float[Tensor, "batch head token dim"], repeats: int) -> bool:

@@ -61,15 +61,19 @@ def rotary_tables(
 def unrotate(
     key: Float[Tensor, "batch kv_head token dim"], tables: RotaryTables, rope: RopeSpec
 ) -> Float[Tensor, "batch kv_head token dim"]:
-    """Return keys as they were before rotation, computed in float32 and rounded once, to the dtype of `key`.
+    """Return keys as they were before rotation, computed in float32 and rounded once, to the dtype of `key`."""
+    return rotate(key, inverse(tables), rope)
 
-    The inverse of `(x1 c - x2 s, x2 c + x1 s)` is `(y1 c + y2 s, y2 c - y1 s) / (c^2 + s^2)`; the division also undoes
-    YaRN's scaling of the tables and their rounding to the model's dtype.
+
+def inverse(tables: RotaryTables) -> RotaryTables:
+    """Tables that rotate back.
+
+    The inverse of `(x1 c - x2 s, x2 c + x1 s)` is `(y1 c + y2 s, y2 c - y1 s) / (c^2 + s^2)`: the rotation by the opposite angle, where
+    the division also undoes YaRN's scaling of the tables and their rounding to the model's dtype.
     """
     cos, sin = tables
     norm = cos.square() + sin.square()
-    # The inverse is the rotation by the opposite angle, and shorter tables undo the length of these.
-    return rotate(key, (cos / norm, -sin / norm), rope)
+    return cos / norm, -sin / norm
 
 
 def rotate(
@@ -83,8 +87,9 @@ def rotate(
     stop = rope.start + rope.rotary_dim
     turning = key[..., rope.start : stop].float()
     if rope.kind == "half":
-        x1, x2 = turning.chunk(2, dim=-1)
-        rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+        # Whole rows at a time: loops over halves of a head are short and slow.
+        other = torch.cat(turning.chunk(2, dim=-1)[::-1], dim=-1)
+        rotated = turning * torch.cat([cos, cos], dim=-1) + other * torch.cat([-sin, sin], dim=-1)
     else:
         x1, x2 = turning[..., 0::2], turning[..., 1::2]
         rotated = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(-2)
