@@ -33,6 +33,10 @@ class Found:
     """By codec: of each layer, and bytes per token of keys and values. The codec asked for comes first."""
     layer_shares: Mapping[int, float]
     """Part of each stored layer in the bytes of keys and values, in the codec asked for."""
+    bytes_relative_error: float | None = None
+    """Two standard errors of the bytes per token, for the tasks tried differ among themselves; None where there is nothing to tell by."""
+    sized_tokens: int = 0
+    """Tokens that bytes per token were measured on."""
     tokens_per_s: float | None = None
     """None where nothing was tried."""
     hours: Hours | None = None
@@ -66,6 +70,8 @@ def assemble(config: ExtractConfig, storage: Storage, found: Found, student_toke
         shard_tokens=layout.shard_tokens,
         files=files,
         rungs=tuple(rungs),
+        bytes_relative_error=found.bytes_relative_error,
+        sized_tokens=found.sized_tokens,
         tokens_per_s=found.tokens_per_s,
         hours=found.hours,
         student_tokens_per_s=student_tokens_per_s,

@@ -97,6 +97,10 @@ class Estimate:
     files: int | None
     rungs: tuple[Rung, ...]
     """The codec asked for first."""
+    bytes_relative_error: float | None
+    """Two standard errors of its bytes per token, from how much the tasks tried differ; None where there is nothing to tell by."""
+    sized_tokens: int
+    """Tokens that bytes per token were measured on; 0 where nothing was tried."""
     tokens_per_s: float | None
     """As tried, all workers together; None where nothing was."""
     hours: Hours | None

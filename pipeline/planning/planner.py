@@ -114,6 +114,8 @@ def _try(config: ExtractConfig, storage: Storage, resolved: ResolvedModel, say: 
         alignment=signal.alignment,
         sizing=_measured(config, data, sizing, layout, sizes, hours, tokens_per_s),
         rungs={name: (rung.codecs, rung.bytes_per_token) for name, rung in sizes.rungs.items()},
+        bytes_relative_error=sizes.relative_error,
+        sized_tokens=sizes.tokens,
         layer_shares=sizes.layer_shares,
         tokens_per_s=tokens_per_s,
         hours=hours,

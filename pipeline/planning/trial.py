@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 
 from kvstore import CodecError, Store
 from kvstore.arrays import array_key, array_keys, index_bytes, shard_key
@@ -38,10 +39,13 @@ from pipeline.parts import token_arrays
 from pipeline.tasks import Task, padded_length, plan_batches, plan_tasks
 from pipeline.worker import Moments, merge_moments
 
-_SIZE_TOKENS, _SIZE_VALUES = 16_384, 96 * 10**6
-"""What bytes per token are measured on: as many tokens as either allows, one sample at least."""
+_SIZE_TOKENS, _SIZE_VALUES, _SIZE_SHARE = 65_536, 256 * 10**6, 3.0
+"""What bytes per token are measured on: as many tokens as either allows, or can be computed in that many times the seconds for speed;
+one sample at least. Samples of one text differ by a tenth, so an error of a percent takes a hundred."""
+_PLACES = 16
+"""All over the data, from which they come where they are not whole tasks."""
 _WARM_UP_TOKENS = 512
-_LEAST_SIZE_TOKENS = 2048
+_LEAST_SIZE_TOKENS = 2048.0
 _GATE_TOKENS = 256
 _SHORT = 0.5
 """Of the time wanted: a measurement that took less is made again with more tasks."""
@@ -97,6 +101,8 @@ class Sizes:
     """Tokens it was measured on."""
     rungs: Mapping[str, RungSize]
     """By codec as `parse_codecs` reads it; the one asked for first."""
+    relative_error: float | None
+    """Two standard errors of the bytes per token, from how much the tasks differ among themselves; None of one task."""
     layer_shares: Mapping[int, float]
     """Part of each layer in the bytes of keys and values, in the codec asked for. They differ: a first layer follows from the token
     alone and repeats with it."""
@@ -149,15 +155,15 @@ class Trial:
         self._numbers = itertools.count()
 
     def measure(self, seconds: float) -> tuple[Sizes, Speed]:
-        """Measure sizes, then speed for about so many seconds; computing for sizes takes about as long again."""
+        """Measure sizes, then speed for about so many seconds; computing for sizes takes up to three times as long."""
         started = time.perf_counter()
         warm_up = [self._batching.cut(samples, _WARM_UP_TOKENS) for samples in self._shards[-self._workers :]]
         self._calibrate(warm_up)
         padded_per_s = sum(map(self._batching.padded_tokens, warm_up)) / (time.perf_counter() - started)
-        affordable = max(padded_per_s * seconds, _LEAST_SIZE_TOKENS)
-        most = min(_SIZE_TOKENS, _SIZE_VALUES / self._signal.stored.values_per_token, affordable)
+        affordable = max(_SIZE_SHARE * padded_per_s * seconds, _LEAST_SIZE_TOKENS)
+        most = min(float(_SIZE_TOKENS), _SIZE_VALUES / self._signal.stored.values_per_token, affordable)
         started = time.perf_counter()
-        pieces = [self._batching.cut(samples, most / self._workers) for samples in self._shards[: self._workers]]
+        pieces = self._from_all_over(most)
         tasks, moments = self._calibrate(pieces)
         padded_per_s = sum(map(self._batching.padded_tokens, pieces)) / (time.perf_counter() - started)
         raw = self._raw_store(tasks)
@@ -166,12 +172,17 @@ class Trial:
         own = list(storage.entries(""))
         speed = self._time(storage, padded_per_s, seconds, calibration)
         others = array_keys(raw.manifest)[2 * len(raw.manifest.groups) :]
+        tokens = sum(task.num_tokens for task in tasks)
+        rungs = {text: self._encoded(raw, moments, codecs) for text, codecs in self._rungs(codec)}
         sizes = Sizes(
-            tokens=sum(task.num_tokens for task in tasks),
+            tokens=tokens,
             rungs={
-                text: RungSize(codecs=codecs, bytes_per_token=self._bytes_per_token(raw, moments, codecs))
+                text: RungSize(codecs=codecs, bytes_per_token=_payload_per_token(rungs[text], _kv_arrays(rungs[text].manifest)))
                 for text, codecs in self._rungs(codec)
             },
+            relative_error=_relative_error(
+                rungs[codec], tokens / sum(len(each.input_ids) for shard in self._shards for each in shard)
+            ),
             layer_shares=_layer_shares(Store(storage)),
             other_bytes_per_token=_payload_per_token(raw, others),
             other_arrays=len(others),
@@ -228,11 +239,11 @@ class Trial:
                 plan_groups(self._signal.stored, codecs)
                 yield text, codecs
 
-    def _bytes_per_token(self, raw: Store, moments: Moments, codecs: Mapping[int, Codec]) -> float:
-        """Encode the raw store in another codec, as a writer does, and see what it takes."""
+    def _encoded(self, raw: Store, moments: Moments, codecs: Mapping[int, Codec]) -> Store:
+        """The raw store in another codec, as a writer makes it."""
         manifest = raw.manifest
         if {codec.name for codec in codecs.values()} == {"raw"}:
-            return _payload_per_token(raw, _kv_arrays(manifest))
+            return raw
         storage, calibration = self._create("rung", codecs, moments)
         store = Store(storage)
         for commit in _commits(raw):
@@ -247,7 +258,7 @@ class Trial:
                 beside = {name: numbers[first:stop] for name, numbers in batch.beside.items()}
                 writer.put_tokens(offset, batch.input_ids[first:stop], beside)
             writer.commit()
-        return _payload_per_token(Store(storage), _kv_arrays(store.manifest))
+        return Store(storage)
 
     def _time(self, storage: Storage, padded_per_s: float, seconds: float, calibration: Calibration) -> Speed:
         """Run tasks until they take long enough, or all there are."""
@@ -272,13 +283,30 @@ class Trial:
             gate_s_per_token=self._time_gate(calibration),
         )
 
-    def _pieces(self, padded_tokens: float) -> Sequence[Sequence[Sample]]:
+    def _from_all_over(self, padded_tokens: float) -> list[list[Sample]]:
+        """Samples of so many tokens together, from as many tasks as make them up, or parts of several."""
+        longest = max(len(sample.input_ids) for samples in self._shards for sample in samples)
+        places = max(int(padded_tokens / self._mean_tokens), min(_PLACES, int(padded_tokens // longest)), self._workers)
+        chosen = self._spread(places)
+        return [self._batching.cut(samples, padded_tokens / len(chosen)) for samples in chosen]
+
+    def _pieces(self, padded_tokens: float) -> list[list[Sample]]:
         """Whole tasks, the same number for each worker, of so many tokens together; where one each is too much, parts of them."""
-        mean = sum(map(self._batching.padded_tokens, self._shards)) / len(self._shards)
-        each = int(padded_tokens / self._workers / mean)
+        each = int(padded_tokens / self._workers / self._mean_tokens)
+        chosen = self._spread(max(each, 1) * self._workers)
         if each < 1:
-            return [self._batching.cut(samples, padded_tokens / self._workers) for samples in self._shards[: self._workers]]
-        return self._shards[: each * self._workers]
+            return [self._batching.cut(samples, padded_tokens / self._workers) for samples in chosen]
+        return [list(samples) for samples in chosen]
+
+    def _spread(self, count: int) -> list[Sequence[Sample]]:
+        """So many tasks, evenly spread over the data, or all there are."""
+        count = min(count, len(self._shards))
+        return [self._shards[(2 * turn + 1) * len(self._shards) // (2 * count)] for turn in range(count)]
+
+    @property
+    def _mean_tokens(self) -> float:
+        """Of a task, padding included."""
+        return sum(map(self._batching.padded_tokens, self._shards)) / len(self._shards)
 
     def _time_gate(self, calibration: Calibration) -> float:
         """Seconds for each token of a gate run; 0 where nothing is quantised, which takes half as long and once."""
@@ -303,12 +331,35 @@ def _kv_arrays(manifest: Manifest) -> list[str]:
 
 def _payload_per_token(store: Store, arrays: Sequence[str]) -> float:
     """Stored bytes per token of some arrays, without the indices of their shards."""
-    commits = _commits(store)
-    total = 0
+    payloads, tokens = _payloads(store, arrays)
+    return float(payloads.sum() / tokens.sum())
+
+
+def _payloads(store: Store, arrays: Sequence[str]) -> tuple[Int64[np.ndarray, "shard"], Int64[np.ndarray, "shard"]]:
+    """Stored bytes of some arrays in each shard, without its indices, and its tokens."""
+    commits, payloads = _commits(store), []
     for commit in commits:
         sizes = {stored.path: stored.size_bytes for stored in commit.objects}
-        total += sum(sizes[shard_key(array, commit.shard)] - shard_index_bytes(store.manifest, array) for array in arrays)
-    return total / sum(commit.num_tokens for commit in commits)
+        payloads.append(
+            sum(sizes[shard_key(array, commit.shard)] - shard_index_bytes(store.manifest, array) for array in arrays)
+        )
+    return np.array(payloads), np.array([commit.num_tokens for commit in commits])
+
+
+def _relative_error(store: Store, share: float) -> float | None:
+    """Two standard errors of the bytes per token of keys and values, as a ratio estimated from shards drawn without replacement
+    (Cochran, Sampling Techniques, 6.4).
+
+    Args:
+        share: of all of the data that these shards are.
+    """
+    payloads, tokens = _payloads(store, _kv_arrays(store.manifest))
+    number = len(payloads)
+    if number < 2:
+        return None
+    residuals = payloads - tokens * (payloads.sum() / tokens.sum())
+    variance = (residuals**2).sum() * number / (number - 1) * max(1.0 - share, 0.0)
+    return float(2.0 * np.sqrt(variance) / payloads.sum())
 
 
 def _layer_shares(store: Store) -> dict[int, float]:

@@ -72,6 +72,10 @@ def _rung_table(estimate: Estimate) -> Table:
 
 def _needs_lines(estimate: Estimate) -> dict[str, str]:
     lines = {}
+    if estimate.sized_tokens:
+        error = estimate.bytes_relative_error
+        margin = "" if error is None else f", give or take {error:.1%}" if error else ", all of the data"
+        lines["sizes"] = f"tried on {estimate.sized_tokens:,} tokens{margin}"
     if estimate.tokens_per_s is not None and estimate.hours is None:
         lines["time"] = (
             f"{short(estimate.tokens_per_s)} tokens/s, {duration(1e6 / estimate.tokens_per_s)} for every million of tokens"

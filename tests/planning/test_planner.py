@@ -117,6 +117,28 @@ def test_sizes_are_within_three_percent_of_what_is_then_written(
     assert estimate.hours.total > estimate.hours.steady > 0
 
 
+def test_sizes_come_from_all_over_the_data_and_say_how_sure_they_are(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the data takes much less than the other: what is tried of one place would be far off."""
+    rows = texts(30_000) + ["ab" * 350] * 40
+    corpus = write_rows(tmp_path / "halves.jsonl", [f"{number:05d} {text}" for number, text in enumerate(rows)])
+    config = config_of(teacher, corpus, tmp_path / "store")
+    monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 6_000)
+    estimate = plan(config)
+    assert 3_000 < estimate.sized_tokens <= 6_000
+    summary = run(config)
+    actual = summary.stored_bytes / summary.num_tokens
+    assert estimate.bytes_relative_error is not None
+    assert 0.01 < estimate.bytes_relative_error < 0.5
+    assert abs(estimate.chosen.bytes_per_token - actual) <= estimate.bytes_relative_error * actual
+    monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 10**6)
+    monkeypatch.setattr("pipeline.planning.trial._SIZE_SHARE", 10**6)
+    whole = plan(config_of(teacher, corpus, tmp_path / "other"))
+    assert (whole.sized_tokens, whole.bytes_relative_error) == (summary.num_tokens, 0.0)
+    assert whole.chosen.bytes_per_token == pytest.approx(actual, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_every_codec_is_measured_as_if_it_had_been_chosen(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     estimate = plan(config_of(teacher, corpus, tmp_path / "store"))
