@@ -98,7 +98,7 @@ class KVLoader:
     """Iterates over one epoch of this rank's batches; again over the next.
 
     Global batches are the same for any number of ranks. Batches are read ahead by threads, in order, within a budget of bytes; an
-    error of reading is raised where its batch would come. To stop early, break: nothing is left running. While one iterates, threads hand
+    error of reading is raised where its batch would come. To stop early, break: nothing is left running, and the next loop goes on there. While one iterates, threads hand
     the interpreter on sooner (`handover`).
     """
 
@@ -152,6 +152,7 @@ class KVLoader:
         self._prefetch_bytes = prefetch_bytes
         self._on_device: dict[tuple[str, Kind], tuple[Tensor | None, Tensor | None]] = {}
         self._epoch = self._consumed = 0
+        self._loop = object()
         self._known_cuts: tuple[int, Int64[np.ndarray, "boundary"]] | None = None
 
     def __len__(self) -> int:
@@ -184,7 +185,7 @@ class KVLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on behind a state, on any number of ranks, with any layers, device and budget.
+        """Go on behind a state, on any number of ranks, with any layers, device and budget; a loop that runs ends with an error.
 
         Raises:
             ValueError: it is of another store, of other settings, of another version, or no place between two batches.
@@ -204,7 +205,7 @@ class KVLoader:
             raise ValueError(
                 f"state: got samples_consumed {consumed!r}, expected the end of a batch of epoch {epoch}: {_some(cuts)}"
             )
-        self._epoch, self._consumed = epoch, consumed
+        self._epoch, self._consumed, self._loop = epoch, consumed, object()
 
     @property
     def _plan_hash(self) -> str:
@@ -219,6 +220,7 @@ class KVLoader:
         return self._known_cuts[1]
 
     def __iter__(self) -> Iterator[PackedBatch]:
+        self._loop = loop = object()
         cuts = self._cuts
         done = int(np.searchsorted(cuts, self._consumed))
         requests = self._sampler.batches_of(self._epoch, done)
@@ -242,6 +244,10 @@ class KVLoader:
                 if done == len(cuts) - 1:
                     self._epoch, self._consumed = self._epoch + 1, 0
                 yield taken.pop()
+                if self._loop is not loop:
+                    raise RuntimeError(
+                        "KVLoader: another loop over it has begun, expected one at a time; make a loader for each"
+                    )
 
     def _take(self, request: SampleBatch, future: Future[CodeBatch | PackedBatch]) -> PackedBatch:
         """Wait for a batch that is being read."""

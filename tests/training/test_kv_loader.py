@@ -331,6 +331,24 @@ def test_a_loop_that_stops_early_leaves_no_threads(store: Store, how: str) -> No
     assert loader.state_dict()["samples_consumed"] == 2
 
 
+def test_a_loop_ends_with_an_error_where_another_one_has_begun(store: Store) -> None:
+    loader = KVLoader(store, batch_size=4)
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    begun = [next(second).samples]
+    with pytest.raises(RuntimeError, match="another loop over it has begun"):
+        next(first)
+    whole = [batch.samples for batch in KVLoader(store, batch_size=4)]
+    assert begun + [batch.samples for batch in second] == whole[1:], "the later loop goes on undisturbed"
+    third = iter(loader)
+    next(third)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match="or a state was loaded"):
+        next(third)
+    assert loader_threads() == 0
+
+
 def test_epochs_leave_no_threads_and_files_open(store: Store) -> None:
     loader = KVLoader(store, batch_size=4)
     list(loader)
