@@ -246,7 +246,7 @@ class KVLoader:
                 yield taken.pop()
                 if self._loop is not loop:
                     raise RuntimeError(
-                        "KVLoader: another loop over it has begun, expected one at a time; make a loader for each"
+                        "KVLoader: another loop over it has begun, or a state was loaded, expected one loop at a time; make a loader for each"
                     )
 
     def _take(self, request: SampleBatch, future: Future[CodeBatch | PackedBatch]) -> PackedBatch:
