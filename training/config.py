@@ -54,6 +54,8 @@ class TrainConfig(BaseModel):
     """Weight lambda of the KV loss against cross-entropy; 1 and 3 did about equally well (research/alignment.md 7.5)."""
     kv_until: Fraction = 0.5
     """Fraction of the steps with the KV loss, from the first; then lambda is 0. Half beat constant and three quarters (7.5)."""
+    kv_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of lambda over the steps that have it: `constant`, or falling from kv_weight to 0, `linear` or as a half `cosine`."""
     kv_loss: Literal["mse", "smooth_l1", "cosine", "relation"] = "mse"
     """Distance of keys and values: `mse` over the targets' variance; `smooth_l1`, for outlier channels; `cosine`, blind to length;
     `relation`, how tokens of a sample relate to each other (MiniLMv2), which needs no map between heads and dims."""

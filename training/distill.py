@@ -22,7 +22,7 @@ from kvstore.spec import KVSpec
 from pipeline.models.capture import KVTap
 from training.adapters import ADAPTERS, KVAdapters
 from training.loader import KVCollator, KVDataLoader, KVDataset, ReadAhead, TrainBatch
-from training.losses import KVLoss, cross_entropy, kv_errors, take_rows
+from training.losses import KVLoss, KVSchedule, cross_entropy, kv_errors, kv_weight_at, take_rows
 from training.meters import Meter, Progress, RunFlow, StepSums
 from training.run_folder import RunFolder
 from training.sampler import KVBatchSampler, SampleBatch
@@ -39,6 +39,9 @@ class KVObjective:
     variances: Tensor
     """Of the targets, `[layer, 2]` for keys and values."""
     weight: float
+    steps: int
+    """Steps from the first that have it."""
+    schedule: KVSchedule = "constant"
     loss: KVLoss = "mse"
 
 
@@ -143,7 +146,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         loss, errors = ce, None
         if objective is not None and tap is not None:
             errors = self._kv_errors(objective, tap, batch)
-            loss = ce + objective.weight * errors.mean()
+            weight = kv_weight_at(batch["step"], objective.steps, objective.weight, objective.schedule)
+            loss = ce + weight * errors.mean()
         elif (adapters := self._adapters(model)) is not None:
             loss = ce + adapters.untouched()
         self._sums.add(batch["step"], ce, errors)

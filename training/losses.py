@@ -1,4 +1,4 @@
-"""The losses: cross-entropy, and the distances between a student's and a teacher's keys and values.
+"""The losses: cross-entropy, the distances between a student's and a teacher's keys and values, and the weight between them.
 
 Knows tensors only. Sums are divided by counts over the whole optimizer step, so that accumulation and ranks change nothing.
 A sample of weight n counts as n copies of it would. Without weights nothing is multiplied: that is the sum it always was.
@@ -15,6 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 KVLoss = Literal["mse", "smooth_l1", "cosine", "relation"]
+
+KVSchedule = Literal["constant", "linear", "cosine"]
 
 IGNORED = -100
 """Label of a position that predicts nothing."""
@@ -37,6 +39,14 @@ def cross_entropy(
     losses = nn.functional.cross_entropy(shifted, following.flatten(), ignore_index=IGNORED, reduction=reduction)
     total = losses if weights is None else (losses.reshape(following.shape) * weights[:, None]).sum()
     return total / max(num_predicted, 1)
+
+
+def kv_weight_at(step: int, steps: int, weight: float, schedule: KVSchedule) -> float:
+    """Weight lambda of the KV loss in a step, counted from 0, of the `steps` that have it; falling, it would be 0 in the step after the
+    last."""
+    left = 1.0 - step / steps
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return weight * shape[schedule]
 
 
 def take_rows(values: Float[Tensor, "batch kv_head token dim"], rows: Int64[Tensor, "row"]) -> Float[Tensor, "row kv_head dim"]:

@@ -129,6 +129,8 @@ def _plan_objective(config: TrainConfig, store: Readable, model: PreTrainedModel
         targets=targets,
         variances=torch.tensor(variances, dtype=torch.float32),
         weight=config.kv_weight,
+        steps=config.kv_steps,
+        schedule=config.kv_schedule,
         loss=config.kv_loss,
     )
 

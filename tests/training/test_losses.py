@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from training.losses import IGNORED, KVLoss, cross_entropy, kv_errors, take_rows
+from training.losses import IGNORED, KVLoss, KVSchedule, cross_entropy, kv_errors, kv_weight_at, take_rows
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -299,3 +299,15 @@ def test_of_every_loss_micro_batches_add_up_and_gradients_are_the_students_alone
     whole.mean().backward()
     assert all(side.grad is not None and side.grad.isfinite().all() for pair in student for side in pair)
     assert all(side.grad is None for pair in teacher for side in pair)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [2.0] * 5),
+        ("linear", [2.0, 1.5, 1.0, 0.5, 0.0]),
+        ("cosine", [2.0, 1.0 + math.sqrt(0.5), 1.0, 1.0 - math.sqrt(0.5), 0.0]),
+    ],
+)
+def test_the_weight_stays_or_falls_to_nothing_over_its_steps(schedule: KVSchedule, expected: list[float]) -> None:
+    assert [kv_weight_at(step, 4, 2.0, schedule) for step in range(5)] == pytest.approx(expected)

@@ -272,6 +272,24 @@ def test_other_distances_start_from_the_same_student_and_teach_it_otherwise(
     assert logged(again.out, "kv_loss") == pytest.approx(logged(other.out, "kv_loss"), rel=1e-4)
 
 
+def test_a_falling_weight_begins_as_a_constant_one_and_ends_as_none(
+    plain: TrainSummary, store_path: Path, student: str, tmp_path: Path
+) -> None:
+    over: dict[str, Any] = {"steps": 4, "kv_until": 1.0, "kv_weight": 1.0, "log_every": 1, "warmup": 0.0}
+    runs = {
+        name: run_training(settings(store_path, student, tmp_path / name, **{**over, **more})).out
+        for name, more in {"constant": {}, "falling": {"kv_schedule": "linear"}, "half": {"kv_weight": 0.75}}.items()
+    }
+    grads = {
+        name: [record["grad_norm"] for record in read_metrics(out / METRICS) if "grad_norm" in record]
+        for name, out in runs.items()
+    }
+    assert grads["falling"][0] == grads["constant"][0], "the first step has the whole weight"
+    assert grads["falling"][1] != grads["constant"][1]
+    assert grads["half"][0] != grads["constant"][0], "the weight is seen in the gradient"
+    assert logged(runs["falling"], "kv_loss")[-1] > logged(runs["constant"], "kv_loss")[-1], "less weight, less drawn near"
+
+
 class ReadsOfTraining:
     """Counts the reads of whole training batches (eight samples), and breaks one of them."""
 
