@@ -1,5 +1,6 @@
 """The store: teacher keys and values in Zarr, with commit records, sample tables and fingerprints. Knows no model."""
 
+from kvstore.batches import KVBatch
 from kvstore.errors import (
     CodecError,
     CorruptShardError,
@@ -11,7 +12,7 @@ from kvstore.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from kvstore.reader import KVBatch, Store, open_store
+from kvstore.reader import Store, open_store
 from kvstore.spec import KVSpec, LayerSpec, RopeSpec
 
 __all__ = [

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.arrays import read_calibration
+from kvstore.batches import CodeBatch
 from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.commits import Commit, SampleRow, committed_shards, read_commit
 from kvstore.create import create_store
@@ -25,7 +26,7 @@ from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.layout import fill_shards, plan_layout
 from kvstore.lease import EVERYTHING, lease
 from kvstore.manifest import PROJECTION, TOKENIZER, Manifest, data_record, read_beside, read_manifest, refuse_mismatch
-from kvstore.reader import CodeBatch, Store
+from kvstore.reader import Store
 from kvstore.records import plain
 from kvstore.samples import compact
 from kvstore.storage import Storage

@@ -5,7 +5,6 @@ One native read per array and call, whatever the number of samples: a busy main 
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Bool, Float32, Int32, Int64, Shaped, UInt8
+from jaxtyping import Int64
 
 from kvstore import codec as codecs
 from kvstore.arrays import (
@@ -31,6 +30,7 @@ from kvstore.arrays import (
     shard_key,
     unreachable,
 )
+from kvstore.batches import CodeBatch, KVBatch
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, read_commit, token_crc32c
@@ -40,58 +40,6 @@ from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
 from kvstore.storage import Folder, Storage, locate
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TokenBatch:
-    """Some samples, concatenated in the order asked for; verified."""
-
-    input_ids: Int32[np.ndarray, "token"]
-    cu_seqlens: Int64[np.ndarray, "boundary"]
-    """Sample i has tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
-    beside: Mapping[str, UInt8[np.ndarray, "token"]]
-    """What else the store has of each token, by array name: `role` and masks (FORMAT.md 3.12 to 3.14)."""
-
-    @property
-    def learnt(self) -> Bool[np.ndarray, "token"]:
-        """Which tokens are to be learnt from: the loss mask, all where there is none. In a response-only store no other token has
-        keys and values (FORMAT.md 3.13)."""
-        return self._mask("loss_mask")
-
-    @property
-    def has_kv(self) -> Bool[np.ndarray, "token"]:
-        """Which tokens the KV mask says have keys and values, all where there is none (FORMAT.md 3.14)."""
-        return self._mask("kv_mask")
-
-    @property
-    def compared(self) -> Bool[np.ndarray, "token"]:
-        """Which tokens are to be learnt from and have keys and values (FORMAT.md 3.14)."""
-        return self._mask("loss_mask", "kv_mask")
-
-    def _mask(self, *names: str) -> Bool[np.ndarray, "token"]:
-        found = np.ones(len(self.input_ids), dtype=np.bool_)
-        for name in names:
-            if name in self.beside:
-                found &= self.beside[name] != 0
-        return found
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class KVBatch(TokenBatch):
-    """The same with keys and values, decoded."""
-
-    layers: tuple[int, ...]
-    """Teacher layer numbers, in the order of the arrays."""
-    key: Float32[np.ndarray, "layer token kv_head key_dim"]
-    value: Float32[np.ndarray, "layer token kv_head value_dim"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CodeBatch(TokenBatch):
-    """The same with codes as they lie on disk."""
-
-    codes: Mapping[tuple[str, Kind], Shaped[np.ndarray, "slot token kv_head code"]]
-    """By group path and kind; the slots of the layers asked for, in increasing order."""
 
 
 class Store:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvstore import codec as codecs
+from kvstore.batches import CodeBatch
 from kvstore.calibration import (
     CALIBRATION_TOKENS,
     Calibration,
@@ -26,7 +27,7 @@ from kvstore.drop import read_dropped
 from kvstore.errors import CodecError, KVStoreError
 from kvstore.gate import read_gate
 from kvstore.manifest import Manifest, plan_groups, refuse_mismatch
-from kvstore.reader import CodeBatch, Store, open_store
+from kvstore.reader import Store, open_store
 from kvstore.records import differences
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter

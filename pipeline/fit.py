@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from kvstore import KVStoreError
+from kvstore.batches import KVBatch
 from kvstore.calibration import calibration_mask
 from kvstore.compose import Progress
-from kvstore.reader import KVBatch, Store
+from kvstore.reader import Store
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align.alignment import Alignment
 from pipeline.align.fit import Fit, student_side

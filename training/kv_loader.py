@@ -26,9 +26,10 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from kvstore import codec
+from kvstore.batches import CodeBatch
 from kvstore.codec import KINDS, Kind
 from kvstore.manifest import Group
-from kvstore.reader import CodeBatch, Store
+from kvstore.reader import Store
 from kvstore.records import fingerprint
 from training.handover import quick_handover
 from training.mixture import sample_table

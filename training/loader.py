@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kvstore.reader import KVBatch, TokenBatch
+from kvstore.batches import KVBatch, TokenBatch
 from training.losses import IGNORED
 from training.mixture import Readable
 from training.sampler import SampleBatch

@@ -13,9 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from kvstore import KVStoreError, open_store
+from kvstore.batches import KVBatch
 from kvstore.calibration import calibration_mask
 from kvstore.manifest import write_manifest
-from kvstore.reader import KVBatch, Store
+from kvstore.reader import Store
 from kvstore.spec import KVSpec
 from kvstore.storage import locate
 from pipeline.align.fit import Fit

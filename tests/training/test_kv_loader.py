@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from kvstore import samples
+from kvstore.batches import CodeBatch
 from kvstore.errors import CorruptShardError
-from kvstore.reader import CodeBatch, Store, open_store
+from kvstore.reader import Store, open_store
 from tests.stores import Source, random_source, small_spec, write_store
 from training.handover import INTERVAL_S
 from training.kv_loader import KVLoader, PackedBatch

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from kvstore.reader import KVBatch, Store, open_store
+from kvstore.batches import KVBatch
+from kvstore.reader import Store, open_store
 from kvstore.spec import KVSpec, LayerSpec
 from tests.stores import ROPE, Source, random_source, small_spec, write_store
 from training.loader import KVCollator, KVDataLoader, KVDataset, ReadAhead, TrainBatch

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvstore.batches import KVBatch
 from kvstore.errors import CorruptShardError, FingerprintMismatchError
-from kvstore.reader import KVBatch, Store, open_store
+from kvstore.reader import Store, open_store
 from kvstore.samples import SampleTable as SampleColumns
 from pipeline.align import Alignment
 from pipeline.models.capture import capture_kv
