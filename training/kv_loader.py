@@ -293,14 +293,13 @@ class KVLoader:
     def _decode(self, codes: CodeBatch) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of the layers wanted, decoded on the device; all layers of a group at once, for every call costs a busy
         interpreter a handover."""
-        sides: list[dict[int, Tensor]] = []
-        for kind in KINDS:
-            sides.append({})
-            for group, slots in self._slots:
+        decoded: dict[Kind, dict[int, Tensor]] = {kind: {} for kind in KINDS}
+        for group, slots in self._slots:
+            for kind in KINDS:
                 moved = self._tensor(codes.codes[group.path, kind])
                 values = codec.decode(group.quantizer(kind), moved, *self._channels(group, kind, slots))
-                sides[-1].update({group.layers[slot]: values[row] for row, slot in enumerate(slots)})
-        return {layer: (sides[0][layer], sides[1][layer]) for layer in self.layers}
+                decoded[kind].update(zip((group.layers[slot] for slot in slots), values, strict=True))
+        return {layer: (decoded["key"][layer], decoded["value"][layer]) for layer in self.layers}
 
     @functools.cached_property
     def _slots(self) -> list[tuple[Group, list[int]]]:
