@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64
@@ -38,6 +39,8 @@ from pipeline.executors import Executor
 from pipeline.parts import token_arrays
 from pipeline.tasks import Task, padded_length, plan_batches, plan_tasks
 from pipeline.worker import Moments, merge_moments
+
+_Item = TypeVar("_Item")
 
 _SIZE_TOKENS, _SIZE_VALUES, _SIZE_SHARE = 65_536, 256 * 10**6, 3.0
 """What bytes per token are measured on: as many tokens as either allows, or can be computed in that many times the seconds for speed;
@@ -287,21 +290,23 @@ class Trial:
         """Samples of so many tokens together, from as many tasks as make them up, or parts of several."""
         longest = max(len(sample.input_ids) for samples in self._shards for sample in samples)
         places = max(int(padded_tokens / self._mean_tokens), min(_PLACES, int(padded_tokens // longest)), self._workers)
-        chosen = self._spread(places)
-        return [self._batching.cut(samples, padded_tokens / len(chosen)) for samples in chosen]
+        chosen = _spread(self._shards, places)
+        share, generator = padded_tokens / len(chosen), np.random.default_rng(0)
+        pieces = []
+        for samples in chosen:
+            # Drawn at random: those of one forward pass, or of one place in a task, are of one length.
+            count = min(max(int(len(samples) * share / self._batching.padded_tokens(samples)), 1), len(samples))
+            drawn = generator.choice(len(samples), count, replace=False)
+            pieces.append([samples[index] for index in sorted(drawn.tolist())])
+        return pieces
 
     def _pieces(self, padded_tokens: float) -> list[list[Sample]]:
         """Whole tasks, the same number for each worker, of so many tokens together; where one each is too much, parts of them."""
         each = int(padded_tokens / self._workers / self._mean_tokens)
-        chosen = self._spread(max(each, 1) * self._workers)
+        chosen = _spread(self._shards, max(each, 1) * self._workers)
         if each < 1:
             return [self._batching.cut(samples, padded_tokens / self._workers) for samples in chosen]
         return [list(samples) for samples in chosen]
-
-    def _spread(self, count: int) -> list[Sequence[Sample]]:
-        """So many tasks, evenly spread over the data, or all there are."""
-        count = min(count, len(self._shards))
-        return [self._shards[(2 * turn + 1) * len(self._shards) // (2 * count)] for turn in range(count)]
 
     @property
     def _mean_tokens(self) -> float:
@@ -319,6 +324,12 @@ class Trial:
             self._executor.ask("gate", self._signal.job, (input_ids,), codec, calibration)
             timed = (time.perf_counter() - started) / len(input_ids)
         return timed
+
+
+def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """So many of them, evenly spread, or all there are."""
+    count = min(count, len(items))
+    return [items[(2 * turn + 1) * len(items) // (2 * count)] for turn in range(count)]
 
 
 def _commits(store: Store) -> list[Commit]:

@@ -41,6 +41,12 @@ def texts(num_bytes: int, each: int = 700) -> list[str]:
     return [source[first : first + each] for first in range(0, len(source), each)]
 
 
+@pytest.fixture(autouse=True)
+def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place costs a shard in every codec."""
+    monkeypatch.setattr("pipeline.planning.trial._PLACES", 4)
+
+
 def write_rows(path: Path, rows: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text, "more": "x" * 30}) + "\n" for text in rows))
     return path
@@ -121,19 +127,21 @@ def test_sizes_come_from_all_over_the_data_and_say_how_sure_they_are(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the data takes much less than the other: what is tried of one place would be far off."""
-    rows = texts(30_000) + ["ab" * 350] * 40
-    corpus = write_rows(tmp_path / "halves.jsonl", [f"{number:05d} {text}" for number, text in enumerate(rows)])
+    corpus = write_rows(tmp_path / "halves.jsonl", texts(5_600) + [f"{number:06d}-" * 100 for number in range(8)])
     config = config_of(teacher, corpus, tmp_path / "store")
-    monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 6_000)
+    monkeypatch.setattr("pipeline.planning.trial._PLACES", 16)
+    monkeypatch.setattr("pipeline.planning.trial.CODECS", {})  # that asked for alone
+    monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 3_000)
+    monkeypatch.setattr("pipeline.planning.trial._LEAST_SIZE_TOKENS", 3_000.0)
     estimate = plan(config)
-    assert 3_000 < estimate.sized_tokens <= 6_000
+    assert 1_500 < estimate.sized_tokens <= 3_000
     summary = run(config)
     actual = summary.stored_bytes / summary.num_tokens
     assert estimate.bytes_relative_error is not None
     assert 0.01 < estimate.bytes_relative_error < 0.5
     assert abs(estimate.chosen.bytes_per_token - actual) <= estimate.bytes_relative_error * actual
     monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 10**6)
-    monkeypatch.setattr("pipeline.planning.trial._SIZE_SHARE", 10**6)
+    monkeypatch.setattr("pipeline.planning.trial._LEAST_SIZE_TOKENS", 1e6)
     whole = plan(config_of(teacher, corpus, tmp_path / "other"))
     assert (whole.sized_tokens, whole.bytes_relative_error) == (summary.num_tokens, 0.0)
     assert whole.chosen.bytes_per_token == pytest.approx(actual, rel=1e-3)
