@@ -61,7 +61,13 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
 @click.command()
 @with_options(EXTRACT_OPTIONS)
 @_json
-@click.option("--trial-s", type=float, default=20.0, show_default=True, help="Seconds for which speed is measured.")
+@click.option(
+    "--trial-s",
+    type=float,
+    default=20.0,
+    show_default=True,
+    help="Seconds for which speed is measured; sizes take up to three times as long.",
+)
 @click.option(
     "--student-tokens-per-s",
     type=click.IntRange(min=1),

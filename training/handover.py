@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 INTERVAL_S = 2e-4
 """With Python's own 5 ms a reading thread waits that long at every return from native code while another computes in Python: measured,
-21 % of the time was spent waiting for data, and 3 % with 0.2 ms (docs/training.md)."""
+21 % of the time was spent waiting for data, and 1 % with 0.2 ms (docs/training.md)."""
 
 _lock = threading.Lock()
 _users = 0
