@@ -103,7 +103,7 @@ def _try(config: ExtractConfig, storage: Storage, resolved: ResolvedModel, say: 
             layout = sizing.layout(signal.codecs)
             shards = [[data.window.samples[index] for index, _ in placed] for placed in fill_shards(lengths, layout)]
             say(f"{config.teacher}: trying the teacher and every codec on {trial_s:.0f} s worth of its tasks")
-            sizes, speed = Trial(run, signal, executor, batching, shards, layout, place).measure(trial_s)
+            sizes, speed = Trial(run, signal, executor, batching, shards, sizing.layout, place).measure(trial_s)
         finally:
             executor.close()
     tokens_per_s = speed.padded_per_s * data.known_tokens / sum(map(batching.padded_tokens, shards))

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ from kvstore.calibration import Calibration, calibration_fingerprint, fit_groups
 from kvstore.codec import CODECS, KINDS, Codec, format_codecs, parse_codecs
 from kvstore.commits import Commit, read_commit
 from kvstore.create import create_store
-from kvstore.layout import Layout
+from kvstore.layout import Layout, fill_shards
 from kvstore.manifest import Manifest, plan_groups
 from kvstore.storage import Folder, Storage, locate
 from kvstore.writer import ShardWriter
@@ -138,7 +138,7 @@ class Trial:
     Args:
         executor: one that has described its teacher.
         shards: the samples of the run's own tasks.
-        layout: of the store that is planned.
+        layout_of: layout of a store with these codecs.
     """
 
     def __init__(
@@ -148,12 +148,12 @@ class Trial:
         executor: Executor,
         batching: Batching,
         shards: Sequence[Sequence[Sample]],
-        layout: Layout,
+        layout_of: Callable[[Mapping[int, Codec]], Layout],
         place: str,
     ) -> None:
         self._run, self._signal, self._executor, self._batching = run, signal, executor, batching
         self._shards, self._place, self._workers = shards, place, executor.num_workers
-        self._layout = dataclasses.replace(layout, num_shards=_ROOM)
+        self._layout_of, self._layout = layout_of, _roomy(layout_of(signal.codecs))
         # Workers keep by its shard what they computed for calibration: no number may come twice.
         self._numbers = itertools.count()
 
@@ -207,15 +207,17 @@ class Trial:
             pass
         return Store(storage)
 
-    def _create(self, name: str, codecs: Mapping[int, Codec], moments: Moments) -> tuple[Storage, Calibration]:
-        """An empty store as the run would make it."""
+    def _create(
+        self, name: str, codecs: Mapping[int, Codec], moments: Moments, layout: Layout | None = None
+    ) -> tuple[Storage, Calibration]:
+        """An empty store as the run would make it; in its layout, or another."""
         groups = plan_groups(self._signal.stored, codecs)
         calibration = fit_groups(groups, moments)
         digest = calibration_fingerprint(calibration)
         manifest = Manifest(
             spec=self._signal.stored,
             teacher=self._signal.info.spec,
-            layout=self._layout,
+            layout=layout or self._layout,
             groups=groups,
             alignment=self._signal.alignment.to_json() if self._signal.alignment else None,
             calibration=digest,
@@ -243,24 +245,27 @@ class Trial:
                 yield text, codecs
 
     def _encoded(self, raw: Store, moments: Moments, codecs: Mapping[int, Codec]) -> Store:
-        """The raw store in another codec, as a writer makes it."""
-        manifest = raw.manifest
-        if {codec.name for codec in codecs.values()} == {"raw"}:
+        """The raw store in another codec, as a writer makes it, and in the layout that codec would have."""
+        layout = _roomy(self._layout_of(codecs))
+        if layout == self._layout and {codec.name for codec in codecs.values()} == {"raw"}:
             return raw
-        storage, calibration = self._create("rung", codecs, moments)
-        store = Store(storage)
+        storage, calibration = self._create("rung", codecs, moments, layout)
+        store, numbers = Store(storage), itertools.count()
         for commit in _commits(raw):
-            writer = ShardWriter(storage, store.manifest, calibration, commit.shard, commit.samples)
-            start = commit.shard * manifest.layout.shard_tokens
-            spans = [(row.token_start - start, row.num_tokens) for row in commit.samples]
-            indices = np.flatnonzero(raw.samples.shard == commit.shard).tolist()
-            for layer in manifest.spec.layer_numbers:
-                batch = raw.read(indices, [layer])
-                writer.put(layer, spans, batch.key[0], batch.value[0])
-            for (offset, _), first, stop in zip(spans, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
-                beside = {name: numbers[first:stop] for name, numbers in batch.beside.items()}
-                writer.put_tokens(offset, batch.input_ids[first:stop], beside)
-            writer.commit()
+            first = int(np.flatnonzero(raw.samples.shard == commit.shard)[0])
+            for placed, shard in zip(fill_shards([row.num_tokens for row in commit.samples], layout), numbers, strict=False):
+                start = shard * layout.shard_tokens
+                rows = [
+                    dataclasses.replace(commit.samples[index], shard=shard, token_start=start + offset)
+                    for index, offset in placed
+                ]
+                writer = ShardWriter(storage, store.manifest, calibration, shard, rows)
+                _fill(
+                    writer,
+                    raw,
+                    [first + index for index, _ in placed],
+                    [(offset, commit.samples[i].num_tokens) for i, offset in placed],
+                )
         return Store(storage)
 
     def _time(self, storage: Storage, padded_per_s: float, seconds: float, calibration: Calibration) -> Speed:
@@ -324,6 +329,28 @@ class Trial:
             self._executor.ask("gate", self._signal.job, (input_ids,), codec, calibration)
             timed = (time.perf_counter() - started) / len(input_ids)
         return timed
+
+
+def _roomy(layout: Layout) -> Layout:
+    """The same with room for every task of a trial."""
+    return dataclasses.replace(layout, num_shards=_ROOM)
+
+
+def _fill(writer: ShardWriter, raw: Store, indices: Sequence[int], spans: Sequence[tuple[int, int]]) -> None:
+    """Write samples of a raw store to a shard, and commit it."""
+    dtype = np.dtype(raw.spec.dtype)  # a raw layer keeps the captured bits
+    for layer in raw.spec.layer_numbers:
+        batch = raw.read(indices, [layer])
+        group, _ = writer.manifest.group_of(layer)
+        key, value = (
+            values[0] if group.quantizer(kind) else values[0].astype(dtype)
+            for kind, values in zip(KINDS, (batch.key, batch.value), strict=True)
+        )
+        writer.put(layer, spans, key, value)
+    for (offset, _), first, stop in zip(spans, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+        beside = {name: numbers[first:stop] for name, numbers in batch.beside.items()}
+        writer.put_tokens(offset, batch.input_ids[first:stop], beside)
+    writer.commit()
 
 
 def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
