@@ -42,9 +42,10 @@ def texts(num_bytes: int, each: int = 700) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every place costs a shard in every codec."""
-    monkeypatch.setattr("pipeline.planning.trial._PLACES", 4)
+def a_third_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes come from the same samples however fast this machine is, and from few places, for each costs a shard in every codec."""
+    for name, number in {"_PLACES": 8, "_SIZE_TOKENS": 12_000, "_LEAST_SIZE_TOKENS": 12_000.0}.items():
+        monkeypatch.setattr(f"pipeline.planning.trial.{name}", number)
 
 
 def write_rows(path: Path, rows: list[str]) -> Path:
