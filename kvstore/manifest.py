@@ -165,6 +165,18 @@ class Manifest:
                 return group, group.layers.index(layer)
         raise ValueError(f"layers: got {layer}, but the store holds layers {list(self.spec.layer_numbers)}")
 
+    def slots_of(self, layers: Iterable[int]) -> list[tuple[Group, list[int]]]:
+        """The groups that hold these teacher layers, each with their slots in increasing order.
+
+        Raises:
+            ValueError: the store does not hold one of them.
+        """
+        found: dict[str, tuple[Group, set[int]]] = {}
+        for layer in layers:
+            group, slot = self.group_of(layer)
+            found.setdefault(group.path, (group, set()))[1].add(slot)
+        return [(group, sorted(slots)) for group, slots in found.values()]
+
     def codec_of(self, layer: int) -> Codec:
         """The codec of a teacher layer."""
         return codec_named(self.group_of(layer)[0].codec)

@@ -196,7 +196,7 @@ class Store:
         if verify_objects:
             for shard in sorted({int(self.samples.shard[index]) for index in indices} - self._verified):
                 self.verify_shard(shard)
-        slots = self._slots(wanted)
+        slots = self.manifest.slots_of(wanted)
         try:
             codes, tokens = self._fetch(indices, slots)
         except ValueError as error:
@@ -221,14 +221,6 @@ class Store:
             beside = {name: self._request(name, spans, None, batch) for name in self.manifest.token_arrays}
         codes = {where: np.asarray(future.result()) for where, future in pending.items()}
         return codes, {name: np.asarray(future.result(), dtype=TOKEN_ARRAYS[name].dtype) for name, future in beside.items()}
-
-    def _slots(self, layers: Sequence[int]) -> list[tuple[Group, list[int]]]:
-        """The groups that hold these layers, each with its slots in increasing order."""
-        found: dict[str, tuple[Group, set[int]]] = {}
-        for layer in layers:
-            group, slot = self.manifest.group_of(layer)
-            found.setdefault(group.path, (group, set()))[1].add(slot)
-        return [(group, sorted(slots)) for group, slots in found.values()]
 
     def _request(
         self, array: str, spans: Sequence[tuple[int, int]], slots: list[int] | None, batch: ts.Batch | None = None
@@ -262,7 +254,7 @@ class Store:
         if not layers:
             return np.zeros((0, num_tokens, 0, 0), dtype=np.float32)
         decoded: dict[int, np.ndarray] = {}
-        for group, slots in self._slots(layers):
+        for group, slots in self.manifest.slots_of(layers):
             mean, step = self.calibration.get(group.path, {}).get(kind, (None, None))
             values = codecs.decode(
                 group.quantizer(kind),

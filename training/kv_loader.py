@@ -99,8 +99,8 @@ class KVLoader:
     """Iterates over one epoch of this rank's batches; again over the next.
 
     Global batches are the same for any number of ranks. Batches are read ahead by threads, in order, within a budget of bytes; an
-    error of reading is raised where its batch would come. To stop early, break: nothing is left running, and the next loop goes on there. While one iterates, threads hand
-    the interpreter on sooner (`handover`).
+    error of reading is raised where its batch would come. To stop early, break: nothing is left running, and the next loop goes on
+    there. One loop at a time; while it runs, threads hand the interpreter on sooner (`handover`).
     """
 
     def __init__(
@@ -294,22 +294,12 @@ class KVLoader:
         """Keys and values of the layers wanted, decoded on the device; all layers of a group at once, for every call costs a busy
         interpreter a handover."""
         decoded: dict[Kind, dict[int, Tensor]] = {kind: {} for kind in KINDS}
-        for group, slots in self._slots:
+        for group, slots in self.store.manifest.slots_of(self.layers):
             for kind in KINDS:
                 moved = self._tensor(codes.codes[group.path, kind])
                 values = codec.decode(group.quantizer(kind), moved, *self._channels(group, kind, slots))
                 decoded[kind].update(zip((group.layers[slot] for slot in slots), values, strict=True))
         return {layer: (decoded["key"][layer], decoded["value"][layer]) for layer in self.layers}
-
-    @functools.cached_property
-    def _slots(self) -> list[tuple[Group, list[int]]]:
-        """The groups that hold layers wanted, with their slots in the order of codes."""
-        wanted = set(self.layers)
-        found = [
-            (group, [slot for slot, layer in enumerate(group.layers) if layer in wanted])
-            for group in self.store.manifest.groups
-        ]
-        return [(group, slots) for group, slots in found if slots]
 
     def _channels(self, group: Group, kind: Kind, slots: list[int]) -> tuple[Tensor | None, Tensor | None]:
         """Means and steps on the device; brought there once."""

@@ -83,11 +83,9 @@ def kv_errors(
         samples: for `relation`, the sample of each row; rows of one sample follow each other in order.
     """
     totals, numbers = list[Tensor](), list[int]()
-    for ours, theirs in zip(student, teacher, strict=True):
-        for own, target in zip(ours, theirs, strict=True):
-            each = _row_errors(
-                loss, own.float(), target.detach().float(), variances[len(totals) // 2, len(totals) % 2], samples
-            )
+    for ours, theirs, of_layer in zip(student, teacher, variances, strict=True):
+        for own, target, variance in zip(ours, theirs, of_layer, strict=True):
+            each = _row_errors(loss, own.float(), target.detach().float(), variance, samples)
             totals.append(each.sum() if weights is None else (each.flatten(1).sum(dim=1) * weights).sum())
             numbers.append(max(num_targets, 1) * math.prod(each.shape[1:]))
     divisors = variances.new_tensor(numbers).reshape(variances.shape)

@@ -75,7 +75,7 @@ class Fit:
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the file itself cannot be iterated
             fit = cls._from_record(json.loads(metadata["record"]), arrays)
             expected = metadata["fit_id"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

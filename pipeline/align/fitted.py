@@ -90,8 +90,8 @@ def fit_map(
     over heads and channels. `query-pca` does so for keys weighted by the second moments of the teacher's queries, so that the
     error of attention scores is least, not that of keys (KQ-SVD, arXiv 2512.05916); sizes are kept on average, and values mapped as by
     `complex-pca`. `ridge` is the regression of a pretrained student's own keys and values, W = S_st (S_tt + rho I)^-1 with
-    rho = 1e-3 tr(S_tt) / n, for each rotary pair over complex numbers. Where head dims differ, rotary pairs are matched as in `key_channels`. If either side does not rotate,
-    keys are mapped as values are. What has no counterpart is zero.
+    rho = 1e-3 tr(S_tt) / n, for each rotary pair over complex numbers. Where head dims differ, rotary pairs are matched as in
+    `key_channels`. If either side does not rotate, keys are mapped as values are. What has no counterpart is zero.
 
     Args:
         cross: for `ridge`, as `cross_sums` makes them.
@@ -100,22 +100,8 @@ def fit_map(
     Raises:
         ValueError: no tokens were counted, sums that the method needs are missing, or components of more heads than the teacher has.
     """
+    _refuse_inputs(method, sums, student, cross, queries)
     heads, key_dim, value_dim = sums.geometry
-    if sums.count == 0:
-        raise ValueError("fit: got 0 tokens, expected at least one; twenty for each dimension are a good number")
-    if (method == "ridge") != (cross is not None) or (method == "query-pca") != (queries is not None):
-        got = (
-            " and ".join(name for name, given in (("cross sums", cross), ("query sums", queries)) if given is not None)
-            or "neither"
-        )
-        raise ValueError(
-            f"{method}: got {got}, expected cross sums for ridge, query sums for query-pca, and neither for the others"
-        )
-    if method in ("complex-pca", "query-pca") and student.num_kv_heads > heads:
-        raise ValueError(
-            f"{method}: got {heads} teacher heads for {student.num_kv_heads} student heads, expected no more student heads; "
-            "components cannot be made up. Use group-mean, which repeats heads"
-        )
     if not teacher_rope or not student_rope:
         teacher_rope = student_rope = None
     if sums.pairs != rotated_pairs(teacher_rope):
@@ -138,6 +124,24 @@ def fit_map(
     of_values: Method = "complex-pca" if method == "query-pca" else method
     value = _fit_block(of_values, sums.values, 0, count, (wanted, student.value_dim), (heads, value_dim), beside)
     return FittedMap(key=torch.from_numpy(key).float(), value=torch.from_numpy(value).float())
+
+
+def _refuse_inputs(method: Method, sums: Sums, student: LayerSpec, cross: CrossSums | None, queries: QuerySums | None) -> None:
+    if sums.count == 0:
+        raise ValueError("fit: got 0 tokens, expected at least one; twenty for each dimension are a good number")
+    if (method == "ridge") != (cross is not None) or (method == "query-pca") != (queries is not None):
+        got = (
+            " and ".join(name for name, given in (("cross sums", cross), ("query sums", queries)) if given is not None)
+            or "neither"
+        )
+        raise ValueError(
+            f"{method}: got {got}, expected cross sums for ridge, query sums for query-pca, and neither for the others"
+        )
+    if method in ("complex-pca", "query-pca") and student.num_kv_heads > sums.geometry[0]:
+        raise ValueError(
+            f"{method}: got {sums.geometry[0]} teacher heads for {student.num_kv_heads} student heads, expected no more student heads; "
+            "components cannot be made up. Use group-mean, which repeats heads"
+        )
 
 
 def retained_variance(fitted: FittedMap, sums: Sums) -> Retained:

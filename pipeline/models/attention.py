@@ -53,9 +53,9 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
 
 
 @functools.cache
-def _parameters(forward: Callable[..., Any]) -> list[str]:
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments of a method, without the object's own."""
-    return list(inspect.signature(forward).parameters)[1:]
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 @functools.cache

@@ -7,6 +7,7 @@ weights are not on this machine, what follows from its preset. Knows no command 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,9 +32,10 @@ from pipeline.models.probe import length_dependent_rope
 from pipeline.models.resolve import ModelLoadError, ResolvedModel, resolve_model
 from pipeline.planning.assembly import Found, assemble
 from pipeline.planning.data_size import DataSize, measure_data
+from pipeline.planning.draw import Batching
 from pipeline.planning.estimate import Estimate, Hours, Records, Sizing
 from pipeline.planning.published import find_published
-from pipeline.planning.trial import Batching, Sizes, Speed, Trial, trial_place
+from pipeline.planning.trial import Sizes, Speed, Trial, trial_place
 from pipeline.preflight import refuse_device
 from pipeline.tasks import plan_tasks, task_range
 
@@ -114,12 +116,19 @@ def _try(config: ExtractConfig, storage: Storage, resolved: ResolvedModel, say: 
         alignment=signal.alignment,
         sizing=_measured(config, data, sizing, layout, sizes, hours, tokens_per_s),
         rungs={name: (rung.codecs, rung.bytes_per_token) for name, rung in sizes.rungs.items()},
-        bytes_relative_error=sizes.relative_error,
+        bytes_relative_error=_relative_error(sizes, data),
         sized_tokens=sizes.tokens,
         layer_shares=sizes.layer_shares,
         tokens_per_s=tokens_per_s,
         hours=hours,
     )
+
+
+def _relative_error(sizes: Sizes, data: DataSize) -> float | None:
+    """That of the bytes per token of all of the data, of which none is left where all was tried."""
+    if sizes.relative_error is None or data.num_tokens is None:
+        return sizes.relative_error
+    return sizes.relative_error * math.sqrt(max(1.0 - sizes.tokens / data.num_tokens, 0.0))
 
 
 def _measured(

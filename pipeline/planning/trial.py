@@ -17,36 +17,29 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
-from jaxtyping import Int64
 
 from kvstore import CodecError, Store
-from kvstore.arrays import array_key, array_keys, index_bytes, shard_key
+from kvstore.arrays import array_keys
 from kvstore.calibration import Calibration, calibration_fingerprint, fit_groups
-from kvstore.codec import CODECS, KINDS, Codec, format_codecs, parse_codecs
-from kvstore.commits import Commit, read_commit
+from kvstore.codec import CODECS, Codec, format_codecs, parse_codecs
+from kvstore.commits import Commit
 from kvstore.create import create_store
-from kvstore.layout import Layout, fill_shards
+from kvstore.layout import Layout
 from kvstore.manifest import Manifest, plan_groups
 from kvstore.storage import Folder, Storage, locate
-from kvstore.writer import ShardWriter
 from pipeline.config import ExtractConfig
 from pipeline.data.samples import Sample
 from pipeline.enter import Run, Signal
 from pipeline.executors import Executor
 from pipeline.parts import token_arrays
-from pipeline.tasks import Task, padded_length, plan_batches, plan_tasks
+from pipeline.planning.draw import Batching, scattered_samples, whole_tasks
+from pipeline.planning.rungs import commits_of, kv_arrays, layer_shares, payload_per_token, relative_error, write_again
+from pipeline.tasks import Task, plan_tasks
 from pipeline.worker import Moments, merge_moments
 
-_Item = TypeVar("_Item")
-
-_SIZE_TOKENS, _SIZE_VALUES, _SIZE_SHARE = 65_536, 256 * 10**6, 3.0
+_SIZE_TOKENS, _SIZE_VALUES, _SIZE_TIMES = 65_536, 256 * 10**6, 3.0
 """What bytes per token are measured on: as many tokens as either allows, or can be computed in that many times the seconds for speed;
 one sample at least. Samples of one text differ by a tenth, so an error of a percent takes a hundred."""
-_PLACES = 16
-"""All over the data, from which they come where they are not whole tasks."""
 _WARM_UP_TOKENS = 512
 _LEAST_SIZE_TOKENS = 2048.0
 _GATE_TOKENS = 256
@@ -54,37 +47,6 @@ _SHORT = 0.5
 """Of the time wanted: a measurement that took less is made again with more tasks."""
 _ROOM = 2**20
 """Shards of a trial store: room for every task of the trial, which have numbers of their own."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Batching:
-    """How workers cut a task into forward passes."""
-
-    batch_tokens: int
-    max_positions: int
-    alone: bool
-
-    def batches(self, samples: Sequence[Sample]) -> list[tuple[list[Sample], int]]:
-        """The samples of each forward pass and the length each is padded to."""
-        lengths = [len(sample.input_ids) for sample in samples]
-        found = plan_batches(lengths, self.batch_tokens, self.max_positions, alone=self.alone)
-        width = (lambda length: length) if self.alone else (lambda length: padded_length(length, self.max_positions))
-        return [([samples[row] for row in rows], width(lengths[rows[0]])) for rows in found]
-
-    def padded_tokens(self, samples: Sequence[Sample]) -> int:
-        """Tokens the teacher computes, padding included."""
-        return sum(len(rows) * width for rows, width in self.batches(samples))
-
-    def cut(self, samples: Sequence[Sample], most_padded: float | int) -> list[Sample]:
-        """Whole forward passes, evenly spread, of at most so many padded tokens; of a larger one a part, of one sample at least."""
-        batches = self.batches(samples)
-        total = sum(len(rows) * width for rows, width in batches)
-        count = max(int(len(batches) * min(most_padded / total, 1.0)), 1)
-        chosen = [batches[(2 * turn + 1) * len(batches) // (2 * count)] for turn in range(count)]
-        if count == 1:
-            rows, width = chosen[0]
-            return rows[: max(int(most_padded // width), 1)]
-        return [sample for rows, _ in chosen for sample in rows]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +67,7 @@ class Sizes:
     rungs: Mapping[str, RungSize]
     """By codec as `parse_codecs` reads it; the one asked for first."""
     relative_error: float | None
-    """Two standard errors of the bytes per token, from how much the tasks differ among themselves; None of one task."""
+    """Two standard errors of the bytes per token in the codec asked for, as if drawn from data without end; None of one task."""
     layer_shares: Mapping[int, float]
     """Part of each layer in the bytes of keys and values, in the codec asked for. They differ: a first layer follows from the token
     alone and repeats with it."""
@@ -163,10 +125,10 @@ class Trial:
         warm_up = [self._batching.cut(samples, _WARM_UP_TOKENS) for samples in self._shards[-self._workers :]]
         self._calibrate(warm_up)
         padded_per_s = sum(map(self._batching.padded_tokens, warm_up)) / (time.perf_counter() - started)
-        affordable = max(_SIZE_SHARE * padded_per_s * seconds, _LEAST_SIZE_TOKENS)
+        affordable = max(_SIZE_TIMES * padded_per_s * seconds, _LEAST_SIZE_TOKENS)
         most = min(float(_SIZE_TOKENS), _SIZE_VALUES / self._signal.stored.values_per_token, affordable)
         started = time.perf_counter()
-        pieces = self._from_all_over(most)
+        pieces = scattered_samples(self._shards, most, self._batching, self._workers)
         tasks, moments = self._calibrate(pieces)
         padded_per_s = sum(map(self._batching.padded_tokens, pieces)) / (time.perf_counter() - started)
         raw = self._raw_store(tasks)
@@ -175,23 +137,20 @@ class Trial:
         own = list(storage.entries(""))
         speed = self._time(storage, padded_per_s, seconds, calibration)
         others = array_keys(raw.manifest)[2 * len(raw.manifest.groups) :]
-        tokens = sum(task.num_tokens for task in tasks)
         rungs = {text: self._encoded(raw, moments, codecs) for text, codecs in self._rungs(codec)}
         sizes = Sizes(
-            tokens=tokens,
+            tokens=sum(task.num_tokens for task in tasks),
             rungs={
-                text: RungSize(codecs=codecs, bytes_per_token=_payload_per_token(rungs[text], _kv_arrays(rungs[text].manifest)))
+                text: RungSize(codecs=codecs, bytes_per_token=payload_per_token(rungs[text], kv_arrays(rungs[text].manifest)))
                 for text, codecs in self._rungs(codec)
             },
-            relative_error=_relative_error(
-                rungs[codec], tokens / sum(len(each.input_ids) for shard in self._shards for each in shard)
-            ),
-            layer_shares=_layer_shares(Store(storage)),
-            other_bytes_per_token=_payload_per_token(raw, others),
+            relative_error=relative_error(rungs[codec]),
+            layer_shares=layer_shares(Store(storage)),
+            other_bytes_per_token=payload_per_token(raw, others),
             other_arrays=len(others),
             own_bytes=sum(entry.size_bytes for entry in own),
             own_files=len(own),
-            commit=_commits(Store(storage))[0],
+            commit=commits_of(Store(storage))[0],
         )
         return sizes, speed
 
@@ -250,29 +209,13 @@ class Trial:
         if layout == self._layout and {codec.name for codec in codecs.values()} == {"raw"}:
             return raw
         storage, calibration = self._create("rung", codecs, moments, layout)
-        store, numbers = Store(storage), itertools.count()
-        for commit in _commits(raw):
-            first = int(np.flatnonzero(raw.samples.shard == commit.shard)[0])
-            for placed, shard in zip(fill_shards([row.num_tokens for row in commit.samples], layout), numbers, strict=False):
-                start = shard * layout.shard_tokens
-                rows = [
-                    dataclasses.replace(commit.samples[index], shard=shard, token_start=start + offset)
-                    for index, offset in placed
-                ]
-                writer = ShardWriter(storage, store.manifest, calibration, shard, rows)
-                _fill(
-                    writer,
-                    raw,
-                    [first + index for index, _ in placed],
-                    [(offset, commit.samples[i].num_tokens) for i, offset in placed],
-                )
-        return Store(storage)
+        return write_again(raw, storage, calibration)
 
     def _time(self, storage: Storage, padded_per_s: float, seconds: float, calibration: Calibration) -> Speed:
         """Run tasks until they take long enough, or all there are."""
         job = dataclasses.replace(self._signal.job, store=storage.location)
         while True:
-            pieces = self._pieces(padded_per_s * seconds)
+            pieces = whole_tasks(self._shards, padded_per_s * seconds, self._batching, self._workers)
             tasks = [task for samples in pieces for task in plan_tasks(samples, self._layout, next(self._numbers))]
             padded = {task.shard: self._batching.padded_tokens(samples) for task, samples in zip(tasks, pieces, strict=True)}
             started = time.perf_counter()
@@ -291,33 +234,6 @@ class Trial:
             gate_s_per_token=self._time_gate(calibration),
         )
 
-    def _from_all_over(self, padded_tokens: float) -> list[list[Sample]]:
-        """Samples of so many tokens together, from as many tasks as make them up, or parts of several."""
-        longest = max(len(sample.input_ids) for samples in self._shards for sample in samples)
-        places = max(int(padded_tokens / self._mean_tokens), min(_PLACES, int(padded_tokens // longest)), self._workers)
-        chosen = _spread(self._shards, places)
-        share, generator = padded_tokens / len(chosen), np.random.default_rng(0)
-        pieces = []
-        for samples in chosen:
-            # Drawn at random: those of one forward pass, or of one place in a task, are of one length.
-            count = min(max(int(len(samples) * share / self._batching.padded_tokens(samples)), 1), len(samples))
-            drawn = generator.choice(len(samples), count, replace=False)
-            pieces.append([samples[index] for index in sorted(drawn.tolist())])
-        return pieces
-
-    def _pieces(self, padded_tokens: float) -> list[list[Sample]]:
-        """Whole tasks, the same number for each worker, of so many tokens together; where one each is too much, parts of them."""
-        each = int(padded_tokens / self._workers / self._mean_tokens)
-        chosen = _spread(self._shards, max(each, 1) * self._workers)
-        if each < 1:
-            return [self._batching.cut(samples, padded_tokens / self._workers) for samples in chosen]
-        return [list(samples) for samples in chosen]
-
-    @property
-    def _mean_tokens(self) -> float:
-        """Of a task, padding included."""
-        return sum(map(self._batching.padded_tokens, self._shards)) / len(self._shards)
-
     def _time_gate(self, calibration: Calibration) -> float:
         """Seconds for each token of a gate run; 0 where nothing is quantised, which takes half as long and once."""
         if not calibration:
@@ -334,85 +250,6 @@ class Trial:
 def _roomy(layout: Layout) -> Layout:
     """The same with room for every task of a trial."""
     return dataclasses.replace(layout, num_shards=_ROOM)
-
-
-def _fill(writer: ShardWriter, raw: Store, indices: Sequence[int], spans: Sequence[tuple[int, int]]) -> None:
-    """Write samples of a raw store to a shard, and commit it."""
-    dtype = np.dtype(raw.spec.dtype)  # a raw layer keeps the captured bits
-    for layer in raw.spec.layer_numbers:
-        batch = raw.read(indices, [layer])
-        group, _ = writer.manifest.group_of(layer)
-        key, value = (
-            values[0] if group.quantizer(kind) else values[0].astype(dtype)
-            for kind, values in zip(KINDS, (batch.key, batch.value), strict=True)
-        )
-        writer.put(layer, spans, key, value)
-    for (offset, _), first, stop in zip(spans, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
-        beside = {name: numbers[first:stop] for name, numbers in batch.beside.items()}
-        writer.put_tokens(offset, batch.input_ids[first:stop], beside)
-    writer.commit()
-
-
-def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
-    """So many of them, evenly spread, or all there are."""
-    count = min(count, len(items))
-    return [items[(2 * turn + 1) * len(items) // (2 * count)] for turn in range(count)]
-
-
-def _commits(store: Store) -> list[Commit]:
-    return [read_commit(store.storage, shard) for shard in store.samples.summary["shard"].to_pylist()]
-
-
-def _kv_arrays(manifest: Manifest) -> list[str]:
-    return [array_key(group, group.array(kind)) for group in manifest.groups for kind in KINDS]
-
-
-def _payload_per_token(store: Store, arrays: Sequence[str]) -> float:
-    """Stored bytes per token of some arrays, without the indices of their shards."""
-    payloads, tokens = _payloads(store, arrays)
-    return float(payloads.sum() / tokens.sum())
-
-
-def _payloads(store: Store, arrays: Sequence[str]) -> tuple[Int64[np.ndarray, "shard"], Int64[np.ndarray, "shard"]]:
-    """Stored bytes of some arrays in each shard, without its indices, and its tokens."""
-    commits, payloads = _commits(store), []
-    for commit in commits:
-        sizes = {stored.path: stored.size_bytes for stored in commit.objects}
-        payloads.append(
-            sum(sizes[shard_key(array, commit.shard)] - shard_index_bytes(store.manifest, array) for array in arrays)
-        )
-    return np.array(payloads), np.array([commit.num_tokens for commit in commits])
-
-
-def _relative_error(store: Store, share: float) -> float | None:
-    """Two standard errors of the bytes per token of keys and values, as a ratio estimated from shards drawn without replacement
-    (Cochran, Sampling Techniques, 6.4).
-
-    Args:
-        share: of all of the data that these shards are.
-    """
-    payloads, tokens = _payloads(store, _kv_arrays(store.manifest))
-    number = len(payloads)
-    if number < 2:
-        return None
-    residuals = payloads - tokens * (payloads.sum() / tokens.sum())
-    variance = (residuals**2).sum() * number / (number - 1) * max(1.0 - share, 0.0)
-    return float(2.0 * np.sqrt(variance) / payloads.sum())
-
-
-def _layer_shares(store: Store) -> dict[int, float]:
-    """Part of each layer in the stored bytes of keys and values."""
-    bits = {}
-    for layer in store.spec.layers:
-        measured = store.samples.fidelity()[str(layer.layer)]
-        of_head = layer.key_dim * measured["key"]["bits"] + layer.value_dim * measured["value"]["bits"]
-        bits[layer.layer] = layer.num_kv_heads * of_head
-    return {layer: mine / sum(bits.values()) for layer, mine in bits.items()}
-
-
-def shard_index_bytes(manifest: Manifest, array: str) -> int:
-    """Bytes at the end of a shard that say where its chunks are: the same for a full shard and for one that is nearly empty."""
-    return index_bytes(manifest, array) - 4  # the crc32c of the last chunk is the chunk's
 
 
 @contextlib.contextmanager

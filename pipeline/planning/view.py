@@ -73,8 +73,7 @@ def _rung_table(estimate: Estimate) -> Table:
 def _needs_lines(estimate: Estimate) -> dict[str, str]:
     lines = {}
     if estimate.sized_tokens:
-        error = estimate.bytes_relative_error
-        margin = "" if error is None else f", give or take {error:.1%}" if error else ", all of the data"
+        margin = "" if estimate.bytes_relative_error is None else f", give or take {estimate.bytes_relative_error:.1%}"
         lines["sizes"] = f"tried on {estimate.sized_tokens:,} tokens{margin}"
     if estimate.tokens_per_s is not None and estimate.hours is None:
         lines["time"] = (

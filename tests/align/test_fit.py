@@ -539,7 +539,7 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "fit.safetensors"
     whole_fit().save(path)
     with safe_open(str(path), "pt") as file:
-        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # as in Fit.load
     arrays["layer.1.key"][0, 0, 0, 0] += 1
     save_file(arrays, path, metadata)
     with pytest.raises(StoreFormatError, match=r"fit_id: got [0-9a-f]{64} from the content, expected [0-9a-f]{64}"):

@@ -66,7 +66,7 @@ class ScriptedPool:
         self.most_at_once[worker] = max(self.most_at_once[worker], at_once)
         return call
 
-    def wait(self, handles: Collection[Call], timeout_s: float) -> list[Call]:  # noqa: ARG002
+    def wait(self, handles: Collection[Call], timeout_s: float) -> list[Call]:  # noqa: ARG002  # of the protocol
         assert handles
         return [next(call for call in self.calls if call in handles)]
 

@@ -44,8 +44,8 @@ def texts(num_bytes: int, each: int = 700) -> list[str]:
 @pytest.fixture(autouse=True)
 def a_third_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes come from the same samples however fast this machine is, and from few places, for each costs a shard in every codec."""
-    for name, number in {"_PLACES": 8, "_SIZE_TOKENS": 12_000, "_LEAST_SIZE_TOKENS": 12_000.0}.items():
-        monkeypatch.setattr(f"pipeline.planning.trial.{name}", number)
+    for name, number in {"draw.PLACES": 8, "trial._SIZE_TOKENS": 12_000, "trial._LEAST_SIZE_TOKENS": 12_000.0}.items():
+        monkeypatch.setattr(f"pipeline.planning.{name}", number)
 
 
 def write_rows(path: Path, rows: list[str]) -> Path:
@@ -130,7 +130,7 @@ def test_sizes_come_from_all_over_the_data_and_say_how_sure_they_are(
     """Half of the data takes much less than the other: what is tried of one place would be far off."""
     corpus = write_rows(tmp_path / "halves.jsonl", texts(5_600) + [f"{number:06d}-" * 100 for number in range(8)])
     config = config_of(teacher, corpus, tmp_path / "store")
-    monkeypatch.setattr("pipeline.planning.trial._PLACES", 16)
+    monkeypatch.setattr("pipeline.planning.draw.PLACES", 16)
     monkeypatch.setattr("pipeline.planning.trial.CODECS", {})  # that asked for alone
     monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 3_000)
     monkeypatch.setattr("pipeline.planning.trial._LEAST_SIZE_TOKENS", 3_000.0)
@@ -381,6 +381,8 @@ def test_data_of_unknown_size_has_the_size_asked_for_or_none(
     endless = plan(config)
     assert (endless.num_tokens, endless.hours, endless.chosen.total_bytes, endless.files) == (None, None, None, None)
     assert endless.how == "the data does not say how large it is"
+    assert endless.bytes_relative_error is not None
+    assert endless.bytes_relative_error > 0, "all of the window was tried, and there may be more"
     assert endless.tokens_per_s is not None
     assert endless.tokens_per_s > 0
     show_estimate(endless)

@@ -273,7 +273,7 @@ def test_other_distances_start_from_the_same_student_and_teach_it_otherwise(
     assert logged(again.out, "kv_loss") == pytest.approx(logged(other.out, "kv_loss"), rel=1e-4)
 
 
-def test_a_falling_weight_begins_as_a_constant_one_and_ends_as_none(
+def test_a_falling_weight_begins_as_a_constant_one_and_draws_less(
     plain: TrainSummary, store_path: Path, student: str, tmp_path: Path
 ) -> None:
     over: dict[str, Any] = {"steps": 4, "kv_until": 1.0, "kv_weight": 1.0, "log_every": 1, "warmup": 0.0}

@@ -14,7 +14,7 @@ from types import ModuleType
 class _Patched(importlib.abc.MetaPathFinder):
     """Finds the module of torch that has `Embedding`, and changes it once it is there."""
 
-    def find_spec(self, fullname, path, target=None):  # noqa: ARG002
+    def find_spec(self, fullname, path, _target=None):
         if fullname != "torch.nn.modules.sparse":
             return None
         sys.meta_path.remove(self)
