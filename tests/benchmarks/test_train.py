@@ -34,31 +34,69 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 STEPS, WARM = 60, 10
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A random teacher of the demo's geometry, which has seven times its student's parameters, and a store baked for that student."""
-    folder = tmp_path_factory.mktemp("train")
-    fields = {**RECIPE["teacher"]["config"], "intermediate_size": 384}
+def bake(folder: Path, teacher: dict[str, Any], student: str, num_samples: int) -> tuple[Path, Path]:
+    """A random teacher, and a store of random text baked for that student."""
     model = randomised(
-        tiny_config(fields["model_type"], **{name: value for name, value in fields.items() if name != "model_type"})
+        tiny_config(teacher["model_type"], **{name: value for name, value in teacher.items() if name != "model_type"})
     )
     model.save_pretrained(folder / "teacher")
     byte_tokenizer().save_pretrained(folder / "teacher")
     rng = np.random.default_rng(0)
-    lines = [json.dumps({"text": "".join(chr(byte) for byte in rng.integers(32, 127, size=128))}) for _ in range(1200)]
+    lines = [json.dumps({"text": "".join(chr(byte) for byte in rng.integers(32, 127, size=128))}) for _ in range(num_samples)]
     (folder / "text.jsonl").write_text("\n".join(lines))
     kvpipe(
         *("extract", "--teacher", str(folder / "teacher"), "--data", str(folder / "text.jsonl"), "--out", str(folder / "kv")),
-        *("--student", STUDENT, "--seq-len", "128", "--accept-fidelity"),
+        *("--student", student, "--seq-len", "128", "--accept-fidelity"),
     )
     return folder / "teacher", folder / "kv"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random teacher of the demo's geometry, which has seven times its student's parameters, and a store baked for that student."""
+    return bake(tmp_path_factory.mktemp("train"), {**RECIPE["teacher"]["config"], "intermediate_size": 384}, STUDENT, 1200)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A store and the student it is for."""
+
+    store: Path
+    student: str
+    batch_size: int
+    cycles: int
+    """How often each kind of step has its turn."""
+
+
+HALF_BILLION: dict[str, Any] = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 1,
+    "hidden_size": 896,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 512,
+}
+"""A layer of Qwen2-0.5B. With more, what they take and what comparing them takes grow alike."""
+
+
+@pytest.fixture(params=["demo", "qwen2-0.5b"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    if request.param == "demo":
+        _, store = request.getfixturevalue("demo")
+        return Pair(store=store, student=STUDENT, batch_size=RECIPE["train"]["batch_size"], cycles=75)
+    folder = tmp_path_factory.mktemp("half-billion")
+    student = folder / "student.toml"
+    student.write_text("[config]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in HALF_BILLION.items()))
+    _, store = bake(folder, HALF_BILLION, str(student), 300)
+    return Pair(store=store, student=str(student), batch_size=2, cycles=40)
 
 
 def config(store: Path, out: Path, **over: Any) -> TrainConfig:
     fields = {name: RECIPE["train"][name] for name in ("threads", "batch_size", "learning_rate", "kv_weight")}
     every = {"eval_every": 10**6, "save_every": 10**6, "log_every": WARM, "eval_fraction": 0.0}
     return TrainConfig(
-        store=str(store), student=STUDENT, out=out, device="cpu", kv_until=1.0, **{"steps": STEPS, **fields, **every, **over}
+        store=str(store), out=out, device="cpu", kv_until=1.0, **{"student": STUDENT, "steps": STEPS, **fields, **every, **over}
     )
 
 
@@ -69,8 +107,8 @@ def seconds_per_step(out: Path) -> float:
 
 
 KINDS = ("none", "reading", "whole")
-BLOCK, SETTLE = 8, 2
-"""Steps of a kind in a row, and how many of them the kind before still reaches into."""
+BLOCK = 4
+"""Steps of a kind in a row. The last is when the first batch of the next kind is read, and the first is left to settle."""
 
 
 def kind_of(step: int) -> str:
@@ -113,16 +151,19 @@ class Compares(KVDistillTrainer):
 
 
 def test_reading_from_the_store_leaves_the_speed_of_training(
-    demo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark: Any
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark: Any
 ) -> None:
     monkeypatch.setattr(training.trainer, "KVDataset", TakesTurns)
     monkeypatch.setattr(training.trainer, "KVDistillTrainer", Compares)
-    cycle, cycles = BLOCK * len(KINDS), 40
+    monkeypatch.setattr(Compares, "begun", [])
+    cycle = BLOCK * len(KINDS)
 
     def ratios() -> tuple[float, ...]:
-        training.trainer.run_training(config(demo[1], tmp_path / "run", steps=cycle * (cycles + 1) + 1))
-        steps = np.diff(Compares.begun)[cycle:].reshape(cycles, len(KINDS), BLOCK)
-        none, *others = np.median(steps[..., SETTLE:], axis=2).T
+        whole = cycle * (pair.cycles + 1) + 1
+        settings = config(pair.store, tmp_path / "run", student=pair.student, batch_size=pair.batch_size, steps=whole)
+        training.trainer.run_training(settings)
+        steps = np.diff(Compares.begun)[cycle:].reshape(pair.cycles, len(KINDS), BLOCK)
+        none, *others = np.median(steps[..., 1:-1], axis=2).T
         return tuple(float(np.median(none / other)) for other in others)
 
     reading, whole = benchmark.pedantic(ratios, rounds=1)
@@ -130,6 +171,8 @@ def test_reading_from_the_store_leaves_the_speed_of_training(
         f"\nsteps per second of cross-entropy alone with no store: {reading:.3f} while KV is read, {whole:.3f} with the KV loss"
     )
     assert reading >= 0.95
+    # The demo's student hands on as many keys and values as it is wide, so passes over them are a large part of all it does.
+    assert whole >= 0.95 or pair.student == STUDENT
 
 
 def alone(folder: Path, name: str, how: str, teacher: Path, settings: TrainConfig) -> tuple[float, float]:
