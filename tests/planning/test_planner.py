@@ -41,11 +41,31 @@ def texts(num_bytes: int, each: int = 700) -> list[str]:
     return [source[first : first + each] for first in range(0, len(source), each)]
 
 
-@pytest.fixture(autouse=True)
-def a_third_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def size_by(monkeypatch: pytest.MonkeyPatch, tokens: int, places: int) -> None:
     """Sizes come from the same samples however fast this machine is, and from few places, for each costs a shard in every codec."""
-    for name, number in {"draw.PLACES": 8, "trial._SIZE_TOKENS": 12_000, "trial._LEAST_SIZE_TOKENS": 12_000.0}.items():
+    for name, number in {
+        "draw.PLACES": places,
+        "trial._SIZE_TOKENS": tokens,
+        "trial._LEAST_SIZE_TOKENS": float(tokens),
+    }.items():
         monkeypatch.setattr(f"pipeline.planning.{name}", number)
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    size_by(monkeypatch, 2_000, 2)
+
+
+@pytest.fixture
+def a_third_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for sizes to be right."""
+    size_by(monkeypatch, 12_000, 8)
+
+
+@pytest.fixture
+def one_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That asked for, not all to choose among."""
+    monkeypatch.setattr("pipeline.planning.trial.CODECS", {})
 
 
 def write_rows(path: Path, rows: list[str]) -> Path:
@@ -86,6 +106,7 @@ def bytes_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
+@pytest.mark.usefixtures("a_third_of_the_corpus", "one_codec")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -124,16 +145,14 @@ def test_sizes_are_within_three_percent_of_what_is_then_written(
     assert estimate.hours.total > estimate.hours.steady > 0
 
 
+@pytest.mark.usefixtures("one_codec")
 def test_sizes_come_from_all_over_the_data_and_say_how_sure_they_are(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the data takes much less than the other: what is tried of one place would be far off."""
     corpus = write_rows(tmp_path / "halves.jsonl", texts(5_600) + [f"{number:06d}-" * 100 for number in range(8)])
     config = config_of(teacher, corpus, tmp_path / "store")
-    monkeypatch.setattr("pipeline.planning.draw.PLACES", 16)
-    monkeypatch.setattr("pipeline.planning.trial.CODECS", {})  # that asked for alone
-    monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 3_000)
-    monkeypatch.setattr("pipeline.planning.trial._LEAST_SIZE_TOKENS", 3_000.0)
+    size_by(monkeypatch, 3_000, 16)
     estimate = plan(config)
     assert 1_500 < estimate.sized_tokens <= 3_000
     summary = run(config)
@@ -141,14 +160,14 @@ def test_sizes_come_from_all_over_the_data_and_say_how_sure_they_are(
     assert estimate.bytes_relative_error is not None
     assert 0.01 < estimate.bytes_relative_error < 0.5
     assert abs(estimate.chosen.bytes_per_token - actual) <= estimate.bytes_relative_error * actual
-    monkeypatch.setattr("pipeline.planning.trial._SIZE_TOKENS", 10**6)
-    monkeypatch.setattr("pipeline.planning.trial._LEAST_SIZE_TOKENS", 1e6)
+    size_by(monkeypatch, 10**6, 16)
     whole = plan(config_of(teacher, corpus, tmp_path / "other"))
     assert (whole.sized_tokens, whole.bytes_relative_error) == (summary.num_tokens, 0.0)
     assert whole.chosen.bytes_per_token == pytest.approx(actual, rel=1e-3)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_third_of_the_corpus")
 def test_every_codec_is_measured_as_if_it_had_been_chosen(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     estimate = plan(config_of(teacher, corpus, tmp_path / "store"))
     assert [rung.codec for rung in estimate.rungs] == ["mix", *(name for name in CODECS if name != "mix")]
@@ -188,6 +207,7 @@ def test_a_part_of_the_work_takes_its_part_of_the_time(teacher: Path, corpus: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_third_of_the_corpus")
 def test_a_limit_that_is_too_small_is_told_with_what_would_fit(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     config = config_of(teacher, corpus, tmp_path / "store", codec="q8")
     estimate = plan(config)
@@ -206,6 +226,7 @@ def test_a_limit_that_is_too_small_is_told_with_what_would_fit(teacher: Path, co
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_third_of_the_corpus")
 def test_with_the_limit_it_names_the_run_finishes_and_with_less_it_may_not(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     config = config_of(teacher, corpus, tmp_path / "store")
     estimate = plan(config)
@@ -372,6 +393,7 @@ def test_reading_ends_after_some_time(corpus: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_third_of_the_corpus")
 def test_data_of_unknown_size_has_the_size_asked_for_or_none(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,11 +77,20 @@ def test_a_reading_process_that_is_killed_ends_the_epoch(pristine: dict[str, Pat
         list(loader)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as Python has it; what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_nothing_running(pristine: dict[str, Path]) -> None:
     before = threading.active_count()
     loader = iter(KVLoader(open_store(pristine["mix"]), batch_size=2))
     next(loader)
-    threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+    threading.Timer(0.1, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         time.sleep(30)
     del loader
