@@ -83,8 +83,9 @@ class ExtractConfig(pydantic.BaseModel):
     """Tokens over which that change is measured, before the first shard and after the last."""
     accept_fidelity: bool = False
     """Store even where the codec changes the teacher's predictions by more than `max_kl`."""
-    max_bytes: int | None = pydantic.Field(None, ge=1)
-    """Most bytes of the whole store: nothing is begun that could pass it, even uncompressed. Only one process may be adding to it."""
+    max_bytes: pydantic.ByteSize | None = pydantic.Field(None, ge=1)
+    """Most bytes of the whole store, a number or like `500GB` or `1TiB`: nothing is begun that could pass it, even uncompressed. Only one
+    process may be adding to it."""
     revision: str | None = None
     """Branch, tag or commit of the teacher on the hub."""
     seed: int | None = None
@@ -143,9 +144,19 @@ def load_config(
     except pydantic.ValidationError as error:
         if all(problem["type"] == "missing" for problem in error.errors()):
             raise MissingSettingsError([str(problem["loc"][0]) for problem in error.errors()], section) from None
-        problems = [f"  {'.'.join(map(str, problem['loc'])) or section}: {problem['msg']}" for problem in error.errors()]
-        known = ", ".join(model.model_fields)
-        raise ValueError("settings:\n" + "\n".join(problems) + f"\nknown settings are: {known}") from None
+        lines = [f"  {_told(problem, section)}" for problem in error.errors()]
+        if any(problem["type"] == "extra_forbidden" for problem in error.errors()):
+            lines.append(f"known settings are: {', '.join(model.model_fields)}")
+        raise ValueError("\n".join(["settings:", *lines])) from None
+
+
+def _told(problem: Mapping[str, Any], section: str) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    if not where:  # of several settings, which the message names
+        return f"{section}: {problem['msg']}"
+    return (
+        f"{where}: {problem['msg']}" if problem["type"] == "missing" else f"{where}: {problem['msg']}; got {problem['input']!r}"
+    )
 
 
 def recipes() -> dict[str, Path]:

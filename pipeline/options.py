@@ -55,8 +55,8 @@ EXTRACT_OPTIONS: tuple[Decorator, ...] = (
     click.option("--max-tokens", type=int, help="Most tokens to store; 0 for no limit [presets: 1,000,000]."),
     click.option(
         "--max-bytes",
-        type=int,
-        help="Most bytes of the whole store, records and texts included; no shard begins that could pass it.",
+        metavar="SIZE",
+        help="Most bytes of the whole store, records and texts included, like 500GB; no shard begins that could pass it.",
     ),
     click.option(
         "--sample-tokens", type=int, help="Store about so many tokens in documents drawn at random from all of the data."

@@ -112,6 +112,12 @@ def test_windows_are_admitted_for_the_most_that_entering_them_takes(tmp_path: Pa
     assert 0.7 * window_bytes(window) < store_bytes(storage) - used <= window_bytes(window)
 
 
+@pytest.mark.parametrize(("size", "expected"), [("9GB", 9 * 10**9), ("1.5TiB", 3 * 2**39), ("400000", 400_000), (12, 12)])
+def test_a_limit_is_a_number_or_a_size(size: str | int, expected: int) -> None:
+    config = ExtractConfig.model_validate({"teacher": "t", "data": ("d",), "out": "o", "max_bytes": size})
+    assert config.max_bytes == expected
+
+
 def test_a_limit_that_processes_would_share_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"max_bytes: got it with task_range, whose processes .*; limit such a run with max_tokens"

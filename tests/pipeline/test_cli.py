@@ -121,7 +121,14 @@ def test_without_the_cache_a_preset_fails_soon_in_one_message(tmp_path: Path) ->
         pytest.param(["extract", "--teacher", "gpt2", "--codec"], 2, "requires an argument", id="misuse"),
         pytest.param(["extract", "--teacher", "gpt2", "--seq-len", "x"], 2, "'x' is not a valid integer", id="type"),
         pytest.param(
-            ["extract", "--teacher", "gpt2", "--set", "sequence=1"], 1, "sequence: Extra inputs", id="unknown-setting"
+            *(["extract", "--teacher", "gpt2", "--set", "sequence=1"], 1),
+            "sequence: Extra inputs are not permitted; got 1\nknown settings are: teacher, data",
+            id="unknown-setting",
+        ),
+        pytest.param(
+            *(["extract", "--teacher", "gpt2", "--max-bytes", "9GX"], 1),
+            "max_bytes: could not interpret byte unit: GX; got '9GX'",
+            id="size",
         ),
         pytest.param(["extract", "--teacher", "gpt2", "--set", "seed"], 1, "expected name=value", id="bad-set"),
         pytest.param(
