@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from kvstore import open_store
 from kvstore.codec import CODECS
 from pipeline.cli import cli
 from pipeline.config import load_config
+from tests.processes import Process
 from tests.stores import random_source, small_spec, write_store
 from training.config import TrainConfig
 
@@ -68,9 +67,7 @@ def test_every_other_command_of_the_readme_is_the_install_line() -> None:
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
 def test_python_in_the_readme_runs_as_written(code: str, tmp_path: Path) -> None:
     write_store(tmp_path / "my-store", random_source(small_spec(num_layers=4), [100] * 20), "q8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = Process(f"import warnings\nwarnings.simplefilter('error')\n{code}", cwd=tmp_path).finish()
     assert done.returncode == 0, done.stderr
 
 
