@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -48,12 +48,15 @@ SUMMARY = pa.schema(
         ("stored_bytes", pa.int64()),
     ]
 )
+PART_BYTES = 64 * 2**20
+"""Of rows and texts in a part: what compacting takes of memory does not grow with the store."""
+_ROW_BYTES = 1024  # of objects that a row is made of, beside its text
 _COLUMN_DIGESTS = b"kvpipe.columns"
 _HASH_DIGITS = 16
 
 
 def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
-    """Move what only commit records say into one more part and summary; returns the number of shards added.
+    """Move what only commit records say into further parts and their summaries; returns the number of shards added.
 
     Two processes doing so at once is harmless: readers take a shard from the first summary that has it.
 
@@ -64,8 +67,7 @@ def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
         listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}
         shards = committed_shards(storage) - listed
     loose = sorted(shards)
-    if loose:
-        commits = [read_commit(storage, shard) for shard in loose]
+    for commits in _parts(read_commit(storage, shard) for shard in loose):
         try:
             write_tables(storage, rows_of(commits), _summary(commits))
         except OSError as error:
@@ -74,6 +76,19 @@ def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
                 "connection) and run the same command again: the shards are committed and readable without them"
             ) from error
     return len(loose)
+
+
+def _parts(commits: Iterable[Commit]) -> Iterator[list[Commit]]:
+    """Shards whose rows make one part."""
+    held, size = list[Commit](), 0
+    for commit in commits:
+        held.append(commit)
+        size += sum(_ROW_BYTES + len(row.text or "") for row in commit.samples)
+        if size >= PART_BYTES:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def write_tables(storage: Storage, rows: pa.Table, shards: pa.Table) -> None:

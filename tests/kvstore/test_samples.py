@@ -12,6 +12,9 @@ import pyarrow as pa
 import pytest
 
 from kvstore import open_store
+from kvstore.samples import compact, forget
+from kvstore.storage import locate
+from kvstore.verify import verify_store
 from tests.stores import random_source, small_spec, write_sample_tables, write_store
 
 
@@ -83,3 +86,21 @@ def test_tables_are_read_in_the_calling_thread_alone(tmp_path: Path) -> None:
         "assert psutil.Process().num_threads() == before"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "kv"), f"samples/{part.name}"], check=True)
+
+
+def test_rows_are_put_into_parts_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_store(tmp_path / "store", random_source(small_spec(), [1000] * 80), "q8")
+    columns = ("ids", "source", "num_tokens", "count")
+    store, storage = open_store(path), locate(path)
+    before = [getattr(store.samples, column) for column in columns]
+    shards = range(store.manifest.layout.num_shards)
+    assert len(shards) > 3
+    forget(storage, shards)
+    monkeypatch.setattr("kvstore.samples.PART_BYTES", 1)
+    assert compact(storage) == len(shards)
+    assert len(list((path / "samples").glob("part-*"))) == len(shards)
+    after = open_store(path)
+    for column, values in zip(columns, before, strict=True):
+        np.testing.assert_array_equal(getattr(after.samples, column), values)
+    assert after.manifest.fingerprint == store.manifest.fingerprint
+    assert verify_store(str(path)).ok
