@@ -63,10 +63,7 @@ def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
     Args:
         shards: these alone, known to be committed and in no summary; None looks for them.
     """
-    if shards is None:
-        listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}
-        shards = committed_shards(storage) - listed
-    loose = sorted(shards)
+    loose = sorted(loose_shards(storage) if shards is None else shards)
     for commits in _parts(read_commit(storage, shard) for shard in loose):
         try:
             write_tables(storage, rows_of(commits), _summary(commits))
@@ -76,6 +73,12 @@ def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
                 "connection) and run the same command again: the shards are committed and readable without them"
             ) from error
     return len(loose)
+
+
+def loose_shards(storage: Storage) -> set[int]:
+    """Committed shards that only their commit records tell of."""
+    listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}
+    return committed_shards(storage) - listed
 
 
 def _parts(commits: Iterable[Commit]) -> Iterator[list[Commit]]:

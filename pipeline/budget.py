@@ -17,8 +17,10 @@ import numpy as np
 
 from kvstore.arrays import TOKEN_ARRAYS
 from kvstore.codec import KINDS, Kind
+from kvstore.commits import commit_key
 from kvstore.layout import Layout
 from kvstore.manifest import Group, Manifest
+from kvstore.samples import loose_shards
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage
 from pipeline.data.windows import Window
@@ -47,13 +49,15 @@ class ByteBudget:
     def __init__(self, storage: Storage, manifest: Manifest, max_bytes: int | None) -> None:
         self._storage, self._manifest, self._max_bytes = storage, manifest, max_bytes
         self.used_bytes = 0
-        """What lay in the store when it was last counted, and the worst of what was admitted since."""
+        """What lay in the store when it was last counted, with room for its tables, and the worst of what was admitted since."""
         self.recount()
 
     def recount(self) -> None:
         """Count what really is there; to be called when no admitted task is running."""
         if self._max_bytes is not None:
-            self.used_bytes = store_bytes(self._storage)
+            # What records of commits say goes into tables at the end, and takes less there.
+            loose = sum(self._storage.size(commit_key(shard)) or 0 for shard in loose_shards(self._storage))
+            self.used_bytes = store_bytes(self._storage) + loose
 
     def admits(self, item: Task | Window) -> bool:
         """Whether the task may begin, or the window be entered; if so, room is kept for it."""

@@ -313,7 +313,7 @@ def _run_tasks(
                 more = flow.is_stopped and len(results) > before and not stop.requested
     if flow.is_stopped and not stop.requested:
         run.say(
-            f"stopped before --max-bytes {run.config.max_bytes:,}: {budget.used_bytes:,} bytes are in the store, and the next shard or window "
+            f"stopped before --max-bytes {run.config.max_bytes:,}: {budget.used_bytes:,} bytes are in the store with its tables, and the next shard or window "
             "could pass the limit; what is committed can be used, and the same command with a larger limit goes on"
         )
     with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.commits import read_commit
+from kvstore.commits import commit_key, read_commit
 from kvstore.manifest import write_manifest
 from kvstore.repeats import write_repeats
 from kvstore.samples import compact
@@ -82,7 +82,9 @@ def test_tasks_are_admitted_while_all_of_them_fit(tmp_path: Path) -> None:
     storage = locate(tmp_path)
     write_shard(tmp_path, source, manifest, calibration, 0, tasks[0])
     task = task_of(tmp_path, 0, manifest.layout.shard_tokens, source)
-    worst, used = task_bytes(manifest, task), store_bytes(storage)
+    record = storage.size(commit_key(0))
+    assert record is not None
+    worst, used = task_bytes(manifest, task), store_bytes(storage) + record
     budget = ByteBudget(storage, manifest, used + END_BYTES + 2 * worst + 10)
     assert [budget.admits(task) for _ in range(4)] == [True, True, False, False]
     assert budget.used_bytes == used + 2 * worst
@@ -91,6 +93,23 @@ def test_tasks_are_admitted_while_all_of_them_fit(tmp_path: Path) -> None:
     budget.recount()
     assert [budget.admits(task) for _ in range(2)] == [True, False]
     assert all(ByteBudget(storage, manifest, None).admits(task) for _ in range(100))
+
+
+def test_room_is_kept_for_tables_of_what_is_committed(tmp_path: Path) -> None:
+    source = incompressible(1, 8)
+    draw = random.Random(0)
+    texts = ["".join(chr(draw.randrange(32, 0x3000)) for _ in range(200 * length)) for length in LENGTHS]
+    manifest, calibration, tasks = begin_store(tmp_path, source)
+    for shard, indices in enumerate(tasks):
+        write_shard(tmp_path, source, manifest, calibration, shard, indices, texts=texts)
+    storage = locate(tmp_path)
+    budget, before = ByteBudget(storage, manifest, 10**12), store_bytes(storage)
+    compact(storage)
+    after = store_bytes(storage)
+    assert after - before > 2 * END_BYTES, "or nothing would be seen"
+    assert after <= budget.used_bytes + END_BYTES
+    budget.recount()
+    assert budget.used_bytes == after
 
 
 def test_windows_are_admitted_for_the_most_that_entering_them_takes(tmp_path: Path) -> None:
