@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/kvpipe demo
 
 test: $(READY) $(READERS)
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

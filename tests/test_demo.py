@@ -44,14 +44,14 @@ def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     path = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
-        record = run_demo(path / "out", workers=1, seed=0, say=print, steps=6, max_files=40)
+        record = run_demo(path / "out", workers=1, seed=0, say=print, steps=6, max_files=60)
     return path, record
 
 
 def test_the_demo_runs_from_text_to_two_students(short_demo: tuple[Path, dict[str, Any]]) -> None:
     path, record = short_demo
     store = open_store(path / "out" / "store")
-    assert 400 < len(store) <= 40 * 11
+    assert 600 < len(store) <= 60 * 11
     assert store.manifest.alignment is not None
     assert store.manifest.alignment["baked"] is True
     assert record["store_bytes_per_token"] < 150
@@ -92,7 +92,7 @@ def test_the_teacher_never_saw_the_documents_the_students_are_evaluated_on(short
     )
     rows = {int(samples.source[index].rpartition(":")[2]) for index in held_out}
     assert rows == _held_out_rows(path / "out" / "corpus.jsonl", byte_tokenizer(), recipe)
-    assert 1 < len(rows) < 8
+    assert 2 < len(rows) < 8
 
 
 @pytest.mark.slow

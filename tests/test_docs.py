@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -17,7 +18,6 @@ from kvstore import open_store
 from kvstore.codec import CODECS
 from pipeline.cli import cli
 from pipeline.config import load_config
-from tests.processes import Process
 from tests.stores import random_source, small_spec, write_store
 from training.config import TrainConfig
 
@@ -67,7 +67,9 @@ def test_every_other_command_of_the_readme_is_the_install_line() -> None:
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
 def test_python_in_the_readme_runs_as_written(code: str, tmp_path: Path) -> None:
     write_store(tmp_path / "my-store", random_source(small_spec(num_layers=4), [100] * 20), "q8")
-    done = Process(f"import warnings\nwarnings.simplefilter('error')\n{code}", cwd=tmp_path).finish()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -75,11 +77,10 @@ def test_python_in_the_readme_runs_as_written(code: str, tmp_path: Path) -> None
 def test_plain_zarr_in_the_readme_gives_what_the_reader_gives(codec: str, tmp_path: Path) -> None:
     (code,) = [block for block in blocks("python") if "zarr.open" in block]
     write_store(tmp_path / "my-store", random_source(small_spec(num_layers=1), [100] * 2), codec)
-    names: dict[str, Any] = {}
-    with contextlib.chdir(tmp_path):
-        exec(code, names)
+    code += "import numpy\nnumpy.save('keys.npy', keys)\n"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
     expected = open_store(tmp_path / "my-store").read([0]).key[0]
-    np.testing.assert_allclose(names["keys"], expected, rtol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "keys.npy"), expected, rtol=1e-6)
 
 
 def test_xarray_opens_a_store_as_the_readme_says(tmp_path: Path) -> None:

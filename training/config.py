@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
@@ -95,7 +95,7 @@ class TrainConfig(BaseModel):
     """Samples that fill no whole batch at the end of an epoch: left out, filled up with samples of weight 0, or a smaller batch."""
     balance_tokens: bool = False
     """Share the samples of each batch out so that ranks and micro-batches have about as many tokens; the batch stays the same."""
-    shuffle_window_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(64 * 2**30)
+    shuffle_window_bytes: Positive = 64 * 2**30
     """Decoded bytes of whole shards among which samples are shuffled; costs no memory, only locality of the reads."""
 
     resume: bool = False

@@ -116,7 +116,7 @@ documents = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 @given(parts=documents)
 def test_spans_equal_a_dense_reference_byte_by_byte(teacher: str, student: str, parts: list[str]) -> None:

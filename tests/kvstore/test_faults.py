@@ -780,7 +780,7 @@ def test_a_reader_without_permission_says_so_and_sees_no_smaller_store(pristine:
 # ---- single bits
 
 
-@pytest.mark.parametrize("num_flips", [120, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_flips", [250, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_flipped_bit_anywhere_is_read_silently_and_verification_finds_all_that_matter(
     num_flips: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

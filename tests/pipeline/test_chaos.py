@@ -88,7 +88,7 @@ def test_a_data_file_cut_off_while_it_is_read_is_named_and_what_was_planned_is_k
     rows = ["".join(draw.choices("abcdefgh ijkl0123456789", k=100)) for _ in range(3000)]
     whole = KINDS[kind](rows)
     corpus.write_bytes(whole)
-    config = config_of(teacher, corpus, tmp_path / "store", window_tokens=2000, max_tokens=6000)
+    config = config_of(teacher, corpus, tmp_path / "store", window_tokens=2000, max_tokens=16_000)
     run(config.model_copy(update={"out": str(tmp_path / "whole")}))
 
     def cut(text: str) -> None:

@@ -74,10 +74,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], set[int]]] = {
 }
 
 
-OFTEN = {"two-shards", "commit-damaged", "table-damaged", "tokens-missing"}
-
-
-@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE])
+@pytest.mark.parametrize("name", DAMAGE)
 def test_exactly_what_is_damaged_is_made_again(name: str, store: Path, made: Path) -> None:
     damage, shards = DAMAGE[name]
     damage(store)

@@ -333,12 +333,12 @@ KINDS_OF_FILES = [
 
 @pytest.mark.parametrize("write", KINDS_OF_FILES)
 def test_data_too_large_to_read_is_told_by_its_bytes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.planning.data_size._HEAD_BYTES", 60_000)
-    rows = [text for text in dict.fromkeys(texts(450_000)) if text.strip()]
+    monkeypatch.setattr("pipeline.planning.data_size._HEAD_BYTES", 120_000)
+    rows = [text for text in dict.fromkeys(texts(900_000)) if text.strip()]
     data = write(tmp_path, rows)
     expected = sum(len(text.encode()) for text in rows)  # one token for each byte
-    size = measure_data(config_of("t", data, "o", window_tokens=37_500), byte_tokenizer(), 200)
-    assert size.known_tokens <= 45_000
+    size = measure_data(config_of("t", data, "o", window_tokens=75_000), byte_tokenizer(), 200)
+    assert size.known_tokens <= 90_000
     assert not size.is_exact
     assert size.num_tokens == pytest.approx(expected, rel=0.05)
     assert size.relative_error is not None
