@@ -48,9 +48,8 @@ SUMMARY = pa.schema(
         ("stored_bytes", pa.int64()),
     ]
 )
-PART_BYTES = 64 * 2**20
-"""Of rows and texts in a part: what compacting takes of memory does not grow with the store."""
-_ROW_BYTES = 1024  # of objects that a row is made of, beside its text
+PART_BYTES = 16 * 2**20
+"""Of rows and texts in a part, about: what compacting takes of memory does not grow with the store."""
 _COLUMN_DIGESTS = b"kvpipe.columns"
 _HASH_DIGITS = 16
 
@@ -64,14 +63,16 @@ def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
         shards: these alone, known to be committed and in no summary; None looks for them.
     """
     loose = sorted(loose_shards(storage) if shards is None else shards)
-    for commits in _parts(read_commit(storage, shard) for shard in loose):
+    for rows, summary in _parts(read_commit(storage, shard) for shard in loose):
         try:
-            write_tables(storage, rows_of(commits), _summary(commits))
+            write_tables(storage, rows, summary)
         except OSError as error:
             raise StoreWriteError(
                 f"{SAMPLES}/: writing the sample tables of {storage.location} failed ({error}); mend that (space, permissions, "
                 "connection) and run the same command again: the shards are committed and readable without them"
             ) from error
+        del rows, summary
+        pa.default_memory_pool().release_unused()
     return len(loose)
 
 
@@ -81,17 +82,18 @@ def loose_shards(storage: Storage) -> set[int]:
     return committed_shards(storage) - listed
 
 
-def _parts(commits: Iterable[Commit]) -> Iterator[list[Commit]]:
-    """Shards whose rows make one part."""
-    held, size = list[Commit](), 0
+def _parts(commits: Iterable[Commit]) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """The rows of shards that make one part, and their summary; a commit is let go of as soon as its rows are in a table."""
+    rows, summaries, size = list[pa.Table](), list[pa.Table](), 0
     for commit in commits:
-        held.append(commit)
-        size += sum(_ROW_BYTES + len(row.text or "") for row in commit.samples)
+        rows.append(rows_of([commit]))
+        summaries.append(_summary([commit]))
+        size += rows[-1].nbytes
         if size >= PART_BYTES:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+            yield pa.concat_tables(rows), pa.concat_tables(summaries)
+            rows, summaries, size = [], [], 0
+    if rows:
+        yield pa.concat_tables(rows), pa.concat_tables(summaries)
 
 
 def write_tables(storage: Storage, rows: pa.Table, shards: pa.Table) -> None:

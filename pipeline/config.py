@@ -69,7 +69,7 @@ class ExtractConfig(pydantic.BaseModel):
     """Tokens that a later sample of a long document repeats from the one before, as context that is not learnt from."""
     response_only: bool = False
     """Store keys and values only of tokens to be learnt from, what the assistant says in conversations; the teacher reads all of them."""
-    window_tokens: int = pydantic.Field(2_097_152, ge=1)
+    window_tokens: int = pydantic.Field(1_048_576, ge=1)
     """Tokens planned at a time: bounds the memory that data of any size takes, about 60 bytes for each."""
     append: bool = False
     """Add this data to the store that is there, as a new part; without it other data is refused."""

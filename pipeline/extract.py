@@ -35,6 +35,7 @@ from pipeline.data.windows import Limits, Windows
 from pipeline.enter import Run, Say, Signal, enter, gate_after
 from pipeline.executors import Executor, RayExecutor, SerialExecutor
 from pipeline.flow import PURPOSE, TaskFlow, share_size
+from pipeline.heap import trim_heap
 from pipeline.identity import signal_record
 from pipeline.models.fingerprint import tokenizer_fingerprint
 from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
@@ -112,6 +113,7 @@ def extract(
             refuse_small_budget(config.max_bytes, tokenizer, signal.stored)
         with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=say):
             parts, part = enter(run, signal, executor)
+        first.forget_samples()
         results, seconds = _run_tasks(run, executor, signal, windows, parts, part, stop)
         store = Store(storage)
         if len(store.samples.summary) == store.manifest.layout.num_shards and not store.manifest.is_growing:
@@ -318,6 +320,7 @@ def _run_tasks(
         )
     with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
         compact(run.storage)
+        trim_heap()
         seconds = time.perf_counter() - started
         if stop.requested:
             raise stop.interrupted(_how_far(run.storage))

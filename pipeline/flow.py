@@ -1,6 +1,6 @@
 """The tasks of a run as they come: windows are planned ahead, entered into the store, handed out, and closed when they are done.
 
-At most two windows are in memory, and one that is being planned. Holds the leases of the shards it hands out. Knows neither teacher
+What is left of one window is in memory, and the next, which is planned meanwhile. Holds the leases of the shards it hands out. Knows neither teacher
 nor text, and does not run anything itself.
 """
 
@@ -21,13 +21,14 @@ from kvstore.samples import compact
 from pipeline.config import ExtractConfig
 from pipeline.data.windows import Window, Windows
 from pipeline.enter import Run
+from pipeline.heap import trim_heap
 from pipeline.parts import Part, RunParts
 from pipeline.tasks import Task, refuse_tokens, task_range
 
 Item = TypeVar("Item")
 PURPOSE = "kvpipe extract"
 _COMPACT_WINDOWS = 8
-"""Windows whose rows become one table: a billion tokens are then some sixty tables, not five hundred."""
+"""Windows whose rows become one table: a billion tokens are then some hundreds of tables, not a thousand."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,7 @@ class TaskFlow:
             yield item
             with lease(self._run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=self._run.say):
                 part = self._parts.enter(item)
+            item.forget_samples()
             yield from self._enter(part, number, last=item.last)
 
     def _later_windows(self) -> Iterator[Window | _Skipped]:
@@ -151,25 +153,30 @@ class TaskFlow:
     def _enter(self, part: Part, window: int, *, last: bool) -> Iterator[Task]:
         """The tasks of this run's share of a window, under a lease."""
         chosen = share_of(self._run.config, len(part.tasks), window)
-        tasks = [part.tasks[index] for index in chosen]
+        tasks = part.tasks[chosen.start : chosen.stop]
+        part.tasks.clear()
         self.range = range(part.first_shard + chosen.start, part.first_shard + chosen.stop)
         self._planned_tokens += sum(task.num_tokens for task in tasks)
         self._is_planned = last
         committed = set() if part.is_new else committed_shards(self._run.storage) & {task.shard for task in tasks}
         held = contextlib.ExitStack()
         held.enter_context(lease(self._run.storage, self.range.start, self.range.stop, PURPOSE))
-        todo = [task for task in tasks if task.shard not in committed]
         if committed:
             self._run.say(f"resuming {self._run.storage.location}: {len(committed)} of {len(tasks)} shards are committed")
             self._stored(sum(task.num_tokens for task in tasks if task.shard in committed))
-        shards = [task.shard for task in todo]
+        shards = [task.shard for task in tasks if task.shard not in committed]
         self._open[part.number] = _Open(lease=held, todo=set(shards), fresh=shards)
-        if not todo:
+        if not shards:
             self._close(part.number)
-        yield from todo
+        tasks.reverse()
+        while tasks:  # each is let go of when it is handed out: the next window takes its place in memory
+            task = tasks.pop()
+            if task.shard not in committed:
+                yield task
 
     def _close(self, number: int) -> None:
         window = self._open.pop(number)
+        trim_heap()
         with window.lease:
             self._fresh += window.fresh
             self._closed += 1
@@ -177,6 +184,7 @@ class TaskFlow:
                 # Under a lease, for a drop at the same time would find its texts written into a table again.
                 compact(self._run.storage, self._fresh)
                 self._fresh = []
+                trim_heap()
 
 
 def share_of(config: ExtractConfig, num_tasks: int, window: int) -> range:

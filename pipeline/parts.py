@@ -31,7 +31,8 @@ class Part:
 
     number: int
     first_shard: int
-    tasks: tuple[Task, ...]
+    tasks: list[Task]
+    """Those still held here: who hands them out takes them."""
     num_new: int
     """Samples that no earlier part has."""
     is_new: bool
@@ -56,7 +57,7 @@ def first_part(window: Window, groups: Sequence[Group], seq_len: int) -> tuple[P
     """
     lengths = [len(sample.input_ids) for sample in window.samples]
     layout = plan_layout(lengths, groups[0].row_bytes, None if window.last else seq_len)
-    tasks = tuple(plan_tasks(window.samples, layout))
+    tasks = plan_tasks(window.samples, layout)
     part = Part(number=0, first_shard=0, tasks=tasks, num_new=len(window.samples), is_new=True)
     return part, layout, {**data_record(window.samples, seq_len), "first_shard": 0, "num_shards": layout.num_shards}
 
@@ -214,7 +215,7 @@ class RunParts:
         )
         return Part(number=number, first_shard=planned, tasks=tasks, num_new=len(fresh), is_new=True)
 
-    def _plan(self, manifest: Manifest, window: Window, first_shard: int) -> tuple[list[Sample], tuple[Task, ...]]:
+    def _plan(self, manifest: Manifest, window: Window, first_shard: int) -> tuple[list[Sample], list[Task]]:
         """What a window adds, and its tasks without samples that were dropped since: their rows stay free."""
         if missing := [name for name in token_arrays(window) if name not in manifest.token_arrays]:
             raise ValueError(
@@ -227,7 +228,7 @@ class RunParts:
         dropped = dropped_shards(self._storage)
         tasks = plan_tasks(fresh, manifest.layout, first_shard)
         left = (tuple(sample for sample in task.samples if sample.row.id not in dropped) for task in tasks)
-        return fresh, tuple(dataclasses.replace(task, samples=samples) for task, samples in zip(tasks, left, strict=True))
+        return fresh, [dataclasses.replace(task, samples=samples) for task, samples in zip(tasks, left, strict=True)]
 
 
 _FIELDS = ("samples", "num_samples", "num_tokens", "seq_len")

@@ -17,7 +17,7 @@ from kvstore.commits import sample_id
 from pipeline.data.chat import render
 from pipeline.data.documents import Document
 
-_TOKENIZE_AT_ONCE = 64
+_TOKENIZE_AT_ONCE = 16
 MIN_SAMPLE_TOKENS = 2
 """A sample of one token predicts nothing."""
 

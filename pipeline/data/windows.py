@@ -21,6 +21,10 @@ ID_BYTES = 16
 """What of a sample's sha256 is kept in memory: equal by chance for one pair in 2^64 samples."""
 
 
+_RECENT_IDS = 16_384
+"""Kept as Python objects, which take eight times as much memory, until they are sorted in."""
+
+
 class IdSet:
     """Sample ids in 16 bytes each, for tens of millions of them."""
 
@@ -39,10 +43,15 @@ class IdSet:
 
     def update(self, identities: Iterable[str]) -> None:
         self._recent.update(bytes.fromhex(identity)[:ID_BYTES] for identity in identities)
-        if len(self._recent) > 65_536:
-            fresh = np.array(list(self._recent), dtype=self._sorted.dtype)
-            self._sorted = np.union1d(self._sorted, fresh)
+        if len(self._recent) > _RECENT_IDS:
+            fresh = np.sort(np.array(list(self._recent), dtype=self._sorted.dtype))
             self._recent.clear()
+            # Inserted where they belong: sorting tens of millions again and again would take minutes.
+            places = np.searchsorted(self._sorted, fresh)
+            is_new = np.array(
+                [(self._sorted[place : place + 1] != one).all() for place, one in zip(places, fresh, strict=True)]
+            )
+            self._sorted = np.insert(self._sorted, places[is_new], fresh[is_new])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +87,10 @@ class Window:
     def num_tokens(self) -> int:
         return sum(len(sample.input_ids) for sample in self.samples)
 
+    def forget_samples(self) -> None:
+        """Let go of the samples, whoever still holds the window; to be called when they have become tasks."""
+        self.samples.clear()
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -109,9 +122,10 @@ class Windows:
         """
         found: dict[str, Sample] = {}
         digest, documents, tokens, ended = hashlib.sha256(), 0, 0, False
-        taken: list[Document] = []
+        taken: deque[Document] = deque()
         for pieces in self._cutter.samples(self._documents(taken)):
             documents += 1
+            digest.update(_framed(taken.popleft()))
             for sample in pieces:
                 if sample.id in found:
                     found[sample.id] = found[sample.id].again(sample)
@@ -131,9 +145,7 @@ class Windows:
                         break
             if ended or tokens >= self._limits.window_tokens:
                 break
-        for document in taken[:documents]:
-            digest.update(_framed(document))
-        self._held.extendleft(reversed(taken[documents:]))
+        self._held.extendleft(reversed(taken))
         window = Window(
             number=self._number,
             samples=sorted(found.values(), key=lambda sample: sample.id),
@@ -162,7 +174,7 @@ class Windows:
             ValueError: the documents are not those it was made from.
         """
         digest, documents = hashlib.sha256(), 0
-        for document in itertools.islice(self._documents([]), consumed.documents):
+        for document in itertools.islice(self._documents(deque(maxlen=0)), consumed.documents):
             digest.update(_framed(document))
             documents += 1
         if documents < consumed.documents or digest.hexdigest() != consumed.sha256:
@@ -185,12 +197,12 @@ class Windows:
         return self._limits.samples is not None and self._samples >= self._limits.samples
 
     def _is_at_end(self) -> bool:
-        following = next(self._documents([]), None)
+        following = next(self._documents(deque(maxlen=0)), None)
         if following is not None:
             self._held.appendleft(following)
         return following is None
 
-    def _documents(self, taken: list[Document]) -> Iterator[Document]:
+    def _documents(self, taken: deque[Document]) -> Iterator[Document]:
         """The documents not yet used, kept in `taken` as they go: several are tokenised at a time, and a window may end before the
         last of them."""
         while document := self._held.popleft() if self._held else next(self._remaining, None):
