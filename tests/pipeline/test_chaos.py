@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import string
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def test_a_data_file_cut_off_while_it_is_read_is_named_and_what_was_planned_is_k
 ) -> None:
     corpus = tmp_path / f"corpus.{kind}"
     draw = random.Random(3)
-    rows = ["".join(draw.choices("abcdefgh ijkl0123456789", k=100)) for _ in range(3000)]
+    rows = ["".join(draw.choices(string.printable[:94], k=100)) for _ in range(3000)]
     whole = KINDS[kind](rows)
     corpus.write_bytes(whole)
     config = config_of(teacher, corpus, tmp_path / "store", window_tokens=2000, max_tokens=16_000)
@@ -126,6 +127,14 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def long_corpus(tmp_path: Path) -> Path:
+    """Work for longer than it takes to fill gigabytes of memory."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(as_jsonl(texts(4000)))
+    return path
+
+
+@pytest.fixture
 def limited_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Ray whose memory monitor ends workers when the machine uses 2 GiB more than now."""
     import ray
@@ -142,9 +151,9 @@ def limited_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_workers_ended_for_memory_come_back_when_there_is_some_again(
-    limited_memory: None, teacher: Path, corpus: Path, tmp_path: Path
+    limited_memory: None, teacher: Path, long_corpus: Path, tmp_path: Path
 ) -> None:
-    run(config_of(teacher, corpus, tmp_path / "whole"))
+    run(config_of(teacher, long_corpus, tmp_path / "whole"))
     ended: list[bool] = []
 
     def take_memory() -> None:
@@ -157,7 +166,7 @@ def test_workers_ended_for_memory_come_back_when_there_is_some_again(
         del block
 
     thief = after_commits(tmp_path / "store", 3, take_memory)
-    run(config_of(teacher, corpus, tmp_path / "store", workers=2, on_bad_sample="quarantine"))
+    run(config_of(teacher, long_corpus, tmp_path / "store", workers=2, on_bad_sample="quarantine"))
     thief.join()
     assert ended, "the monitor did not fire"
     assert by_id(open_store(tmp_path / "store")) == by_id(open_store(tmp_path / "whole"))
@@ -167,18 +176,18 @@ def test_workers_ended_for_memory_come_back_when_there_is_some_again(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_that_stays_short_ends_the_run_with_advice_and_blames_no_sample(
-    limited_memory: None, teacher: Path, corpus: Path, tmp_path: Path
+    limited_memory: None, teacher: Path, long_corpus: Path, tmp_path: Path
 ) -> None:
     block: list[np.ndarray] = []
     after_commits(tmp_path / "store", 3, lambda: block.append(np.ones(3 * GIB // 8)))
-    config = config_of(teacher, corpus, tmp_path / "store", workers=2, on_bad_sample="quarantine")
+    config = config_of(teacher, long_corpus, tmp_path / "store", workers=2, on_bad_sample="quarantine")
     with pytest.raises(ExecutorError, match=r"memory of its machine was nearly full: ask for fewer --workers.*run again"):
         run(config)
     block.clear()
     assert open_store(tmp_path / "store").manifest.data["dropped"] is None
     refuse_damage(tmp_path / "store")
-    run(config_of(teacher, corpus, tmp_path / "store"))
-    run(config_of(teacher, corpus, tmp_path / "whole"))
+    run(config_of(teacher, long_corpus, tmp_path / "store"))
+    run(config_of(teacher, long_corpus, tmp_path / "whole"))
     assert by_id(open_store(tmp_path / "store")) == by_id(open_store(tmp_path / "whole"))
 
 
