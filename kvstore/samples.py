@@ -76,6 +76,12 @@ def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
     return len(loose)
 
 
+def loose_table_bytes(storage: Storage) -> int:
+    """About the most bytes that `compact` would add: of the tables as they are in memory, which parquet makes smaller."""
+    parts = _parts(read_commit(storage, shard) for shard in sorted(loose_shards(storage)))
+    return sum(rows.nbytes + summary.nbytes for rows, summary in parts)
+
+
 def loose_shards(storage: Storage) -> set[int]:
     """Committed shards that only their commit records tell of."""
     listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}

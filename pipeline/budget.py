@@ -17,10 +17,9 @@ import numpy as np
 
 from kvstore.arrays import TOKEN_ARRAYS
 from kvstore.codec import KINDS, Kind
-from kvstore.commits import commit_key
 from kvstore.layout import Layout
 from kvstore.manifest import Group, Manifest
-from kvstore.samples import loose_shards
+from kvstore.samples import loose_table_bytes
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage
 from pipeline.data.windows import Window
@@ -55,9 +54,7 @@ class ByteBudget:
     def recount(self) -> None:
         """Count what really is there; to be called when no admitted task is running."""
         if self._max_bytes is not None:
-            # What records of commits say goes into tables at the end, and takes less there.
-            loose = sum(self._storage.size(commit_key(shard)) or 0 for shard in loose_shards(self._storage))
-            self.used_bytes = store_bytes(self._storage) + loose
+            self.used_bytes = store_bytes(self._storage) + loose_table_bytes(self._storage)
 
     def admits(self, item: Task | Window) -> bool:
         """Whether the task may begin, or the window be entered; if so, room is kept for it."""

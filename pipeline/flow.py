@@ -27,7 +27,7 @@ from pipeline.tasks import Task, refuse_tokens, task_range
 
 Item = TypeVar("Item")
 PURPOSE = "kvpipe extract"
-_COMPACT_WINDOWS = 8
+COMPACT_WINDOWS = 8
 """Windows whose rows become one table: a billion tokens are then some hundreds of tables, not a thousand."""
 
 
@@ -180,7 +180,7 @@ class TaskFlow:
         with window.lease:
             self._fresh += window.fresh
             self._closed += 1
-            if self._closed % _COMPACT_WINDOWS == 0 and self._fresh:
+            if self._closed % COMPACT_WINDOWS == 0 and self._fresh:
                 # Under a lease, for a drop at the same time would find its texts written into a table again.
                 compact(self._run.storage, self._fresh)
                 self._fresh = []

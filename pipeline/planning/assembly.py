@@ -15,6 +15,7 @@ from kvstore.storage import Folder, Storage
 from pipeline.align import Alignment
 from pipeline.budget import END_BYTES, most_bytes, store_bytes
 from pipeline.config import ExtractConfig
+from pipeline.flow import COMPACT_WINDOWS
 from pipeline.parts import token_arrays
 from pipeline.planning.data_size import DataSize
 from pipeline.planning.estimate import Estimate, Hours, Room, Rung, Sizing, alternatives, tokens_that_fit
@@ -101,11 +102,14 @@ def _room(config: ExtractConfig, storage: Storage, found: Found, chosen: Rung, g
     rows_bytes = round(layout.shard_tokens * records.per_token)
     arrays = token_arrays(found.data.window)
     most = most_bytes(groups, layout, layout.shard_tokens // layout.chunk_tokens, rows_bytes, arrays)
+    tokens = COMPACT_WINDOWS * config.window_tokens
+    if found.data.num_tokens is not None:
+        tokens = min(tokens, found.data.num_tokens)
     return Room(
         free_bytes=shutil.disk_usage(existing_folder(storage.root)).free if isinstance(storage, Folder) else None,
         stored_bytes=store_bytes(storage),
         max_bytes=config.max_bytes,
-        slack_bytes=max(round(most - shard_bytes), 0) + END_BYTES,
+        slack_bytes=max(round(most - shard_bytes + tokens * records.spare_per_token), 0) + END_BYTES,
     )
 
 

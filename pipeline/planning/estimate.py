@@ -28,6 +28,8 @@ class Records:
     """Commit records and sample tables: ids, sources, texts."""
     per_shard: int
     """A commit record without samples."""
+    spare_per_token: float
+    """Room that a run with a limit keeps for sample tables not written yet, beyond what they will take."""
     own: int
     """Of an empty store: tokenizer, metadata, calibration, manifest."""
     own_files: int
@@ -161,7 +163,7 @@ class Sizing:
     other_bytes_per_token: float = 0.0
     """Of arrays beside keys and values, such as token ids, without indices."""
     other_arrays: int = 1
-    records: Records = Records(per_token=0.0, per_shard=0, own=0, own_files=0)
+    records: Records = Records(per_token=0.0, per_shard=0, spare_per_token=0.0, own=0, own_files=0)
     seconds: float = 0.0
     """From its first task on, for the size of its log."""
 
@@ -217,7 +219,8 @@ class Room:
     max_bytes: int | None
     """The limit of the run."""
     slack_bytes: int
-    """By which that limit must pass the size: the last shard begins only if it would fit uncompressed."""
+    """By which that limit must pass the size: the last shard begins only if it would fit uncompressed, and so would the sample tables that
+    are not written yet."""
 
     @property
     def bytes(self) -> int | None:

@@ -438,7 +438,7 @@ def rung(codec: str, bits: float, total: int) -> Rung:
 
 
 def test_alternatives_are_the_finest_that_fit() -> None:
-    records = Records(per_token=0.0, per_shard=0, own=0, own_files=0)
+    records = Records(per_token=0.0, per_shard=0, spare_per_token=0.0, own=0, own_files=0)
     rungs = [
         rung("q8", 6.5, 1000_000),
         rung("raw", 12.0, 2000_000),
@@ -457,7 +457,9 @@ def test_alternatives_are_the_finest_that_fit() -> None:
 
 
 def test_tokens_that_fit_are_told_for_data_of_any_size() -> None:
-    records = Records(per_token=2.0, per_shard=1000, own=8800, own_files=0)  # with a gate's record 10,000 bytes
+    records = Records(
+        per_token=2.0, per_shard=1000, spare_per_token=0.0, own=8800, own_files=0
+    )  # with a gate's record 10,000 bytes
     known = rung("q8", 6.5, 110_000)
     assert tokens_that_fit(known, records, 60_000, 1000, 100) == 500
     endless = dataclasses.replace(known, total_bytes=None, shards=None, bytes_per_token=18.0)
