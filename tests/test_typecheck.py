@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from jaxtyping import Float32, TypeCheckError, jaxtyped
@@ -20,7 +22,7 @@ def takes(left: Float32[np.ndarray, "row"], right: Float32[np.ndarray, "row"]) -
 
 
 @jaxtyped(typechecker=beartype)
-def without_axes(name: str) -> str:
+def without_axes(name: Literal["first"] | str) -> str:
     return name
 
 

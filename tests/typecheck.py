@@ -59,6 +59,8 @@ def _has_axes(annotation: Any) -> bool:
     """Whether an annotation is, or has somewhere inside it, an array type of jaxtyping."""
     if isinstance(annotation, str) or (isinstance(annotation, type) and issubclass(annotation, AbstractArray)):
         return True
+    if typing.get_origin(annotation) is typing.Literal:
+        return False
     return any(_has_axes(part) for part in typing.get_args(annotation))
 
 
