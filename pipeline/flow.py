@@ -1,7 +1,7 @@
 """The tasks of a run as they come: windows are planned ahead, entered into the store, handed out, and closed when they are done.
 
-What is left of one window is in memory, and the next, which is planned meanwhile. Holds the leases of the shards it hands out. Knows neither teacher
-nor text, and does not run anything itself.
+What is left of one window is in memory, and the next, which is planned meanwhile. Holds the leases of the shards it hands out.
+Knows neither teacher nor text, and does not run anything itself.
 """
 
 from __future__ import annotations

@@ -19,8 +19,6 @@ from pipeline.data.samples import Cutter, Sample
 
 ID_BYTES = 16
 """What of a sample's sha256 is kept in memory: equal by chance for one pair in 2^64 samples."""
-
-
 _RECENT_IDS = 16_384
 """Kept as Python objects, which take eight times as much memory, until they are sorted in."""
 
