@@ -20,6 +20,7 @@ from kvstore.arrays import read_calibration
 from kvstore.batches import CodeBatch
 from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.commits import Commit, SampleRow, committed_shards, read_commit
+from kvstore.compaction import compact
 from kvstore.create import create_store
 from kvstore.drop import BEFORE, dropped_fingerprint, read_quarantined, write_dropped
 from kvstore.errors import KVStoreError, StoreNotFoundError
@@ -28,7 +29,6 @@ from kvstore.lease import EVERYTHING, lease
 from kvstore.manifest import PROJECTION, TOKENIZER, Manifest, data_record, read_beside, read_manifest, refuse_mismatch
 from kvstore.reader import Store
 from kvstore.records import plain
-from kvstore.samples import compact
 from kvstore.storage import Storage
 from kvstore.writer import ShardWriter
 

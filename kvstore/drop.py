@@ -15,12 +15,12 @@ from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS
 from kvstore.commits import Commit, committed_shards, read_commit
+from kvstore.compaction import compact, forget
 from kvstore.errors import CorruptShardError, KVStoreError
 from kvstore.lease import EVERYTHING, EXPIRY_S, LAYOUT, LEASES, lease
 from kvstore.manifest import SAMPLES, Manifest, read_manifest, write_manifest
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256, fingerprint, read_sealed, write_sealed
-from kvstore.samples import compact, forget
 from kvstore.storage import STAGING, Storage, locate
 from kvstore.writer import ShardWriter
 

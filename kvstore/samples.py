@@ -1,4 +1,4 @@
-"""Which samples a store holds and where: parquet tables compacted from the commit records (FORMAT.md 6).
+"""Which samples a store holds and where, read from parquet tables compacted from the commit records (FORMAT.md 6).
 
 A commit record is the truth; parquet is its fast form. A shard that is in no table yet is read from its record.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,9 +21,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, UInt32
 
 from kvstore.commits import Commit, committed_shards, merge_fidelity, read_commit
-from kvstore.errors import KVStoreError, StoreFormatError, StoreWriteError
+from kvstore.errors import KVStoreError, StoreFormatError
 from kvstore.manifest import SAMPLES, read_manifest
-from kvstore.records import bytes_sha256, canonical_json
+from kvstore.records import bytes_sha256
 from kvstore.repeats import read_repeats
 from kvstore.storage import Storage
 
@@ -48,89 +47,8 @@ SUMMARY = pa.schema(
         ("stored_bytes", pa.int64()),
     ]
 )
-PART_BYTES = 16 * 2**20
-"""Of rows and texts in a part, about: what compacting takes of memory does not grow with the store."""
-_COLUMN_DIGESTS = b"kvpipe.columns"
-_HASH_DIGITS = 16
-
-
-def compact(storage: Storage, shards: Iterable[int] | None = None) -> int:
-    """Move what only commit records say into further parts and their summaries; returns the number of shards added.
-
-    Two processes doing so at once is harmless: readers take a shard from the first summary that has it.
-
-    Args:
-        shards: these alone, known to be committed and in no summary; None looks for them.
-    """
-    loose = sorted(loose_shards(storage) if shards is None else shards)
-    for rows, summary in _parts(read_commit(storage, shard) for shard in loose):
-        try:
-            write_tables(storage, rows, summary)
-        except OSError as error:
-            raise StoreWriteError(
-                f"{SAMPLES}/: writing the sample tables of {storage.location} failed ({error}); mend that (space, permissions, "
-                "connection) and run the same command again: the shards are committed and readable without them"
-            ) from error
-        del rows, summary
-        pa.default_memory_pool().release_unused()
-    return len(loose)
-
-
-def loose_table_bytes(storage: Storage) -> int:
-    """About the most bytes that `compact` would add: of the tables as they are in memory, which parquet makes smaller."""
-    parts = _parts(read_commit(storage, shard) for shard in sorted(loose_shards(storage)))
-    return sum(rows.nbytes + summary.nbytes for rows, summary in parts)
-
-
-def loose_shards(storage: Storage) -> set[int]:
-    """Committed shards that only their commit records tell of."""
-    listed = {shard for table in _read_summaries(storage).values() for shard in table["shard"].to_pylist()}
-    return committed_shards(storage) - listed
-
-
-def _parts(commits: Iterable[Commit]) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """The rows of shards that make one part, and their summary; a commit is let go of as soon as its rows are in a table."""
-    rows, summaries, size = list[pa.Table](), list[pa.Table](), 0
-    for commit in commits:
-        rows.append(rows_of([commit]))
-        summaries.append(_summary([commit]))
-        size += rows[-1].nbytes
-        if size >= PART_BYTES:
-            yield pa.concat_tables(rows), pa.concat_tables(summaries)
-            rows, summaries, size = [], [], 0
-    if rows:
-        yield pa.concat_tables(rows), pa.concat_tables(summaries)
-
-
-def write_tables(storage: Storage, rows: pa.Table, shards: pa.Table) -> None:
-    """Write one part and its summary, named by what they contain.
-
-    Args:
-        rows: samples, with the schema `ROWS`.
-        shards: the shards they lie in, with the schema `SUMMARY`.
-    """
-    part = _parquet(rows)
-    name = bytes_sha256(part)[:_HASH_DIGITS]
-    digests = {column: column_digest(rows[column]) for column in ROWS.names}
-    summary = _parquet(shards.replace_schema_metadata({_COLUMN_DIGESTS: canonical_json(digests)}))
-    storage.write(f"{SAMPLES}/part-{name}.parquet", part, replace=False)
-    storage.write(f"{SAMPLES}/summary-{name}-{bytes_sha256(summary)[:_HASH_DIGITS]}.parquet", summary, replace=False)
-
-
-def forget(storage: Storage, shards: Iterable[int]) -> None:
-    """Delete every table that lists one of these shards, and parts without a summary, which a killed writer leaves behind.
-
-    The summary goes first; `compact` makes new ones. For `drop` and `repair`, which hold the whole store.
-    """
-    gone, kept = set(shards), set[str]()
-    for key, table in _read_summaries(storage).items():
-        if gone & set(table["shard"].to_pylist()):
-            storage.delete(key)
-        else:
-            kept.add(part_key(key))
-    for entry in list(storage.entries(SAMPLES)):
-        if PurePosixPath(entry.key).name.startswith("part-") and entry.key not in kept:
-            storage.delete(entry.key)
+COLUMN_DIGESTS = b"kvpipe.columns"
+HASH_DIGITS = 16
 
 
 def part_key(summary_key: str) -> str:
@@ -143,7 +61,8 @@ def rows_of(commits: Iterable[Commit]) -> pa.Table:
     return pa.Table.from_pylist([dataclasses.asdict(row) for commit in commits for row in commit.samples], schema=ROWS)
 
 
-def _summary(commits: Iterable[Commit]) -> pa.Table:
+def summary_of(commits: Iterable[Commit]) -> pa.Table:
+    """One row for each shard."""
     return pa.Table.from_pylist(
         [
             {
@@ -175,12 +94,6 @@ def column_digest(column: pa.ChunkedArray) -> str:
     return digest.hexdigest()
 
 
-def _parquet(table: pa.Table) -> bytes:
-    file = io.BytesIO()
-    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-    return file.getvalue()
-
-
 def _decode(content: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """Read parquet in this thread alone: threads of `read_table` may let go of our bytes while the interpreter ends, and abort it."""
     file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
@@ -208,7 +121,7 @@ def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = Non
         ) from error
 
 
-def _read_summaries(storage: Storage) -> dict[str, pa.Table]:
+def read_summaries(storage: Storage) -> dict[str, pa.Table]:
     """Every summary by its key, its content proved by the hash in its name."""
     keys = sorted(entry.key for entry in storage.entries(SAMPLES))
     tables = {}
@@ -217,7 +130,7 @@ def _read_summaries(storage: Storage) -> dict[str, pa.Table]:
         if not name.name.startswith("summary-"):
             continue
         content = storage.read(key)
-        if not name.stem.endswith(bytes_sha256(content)[:_HASH_DIGITS]):
+        if not name.stem.endswith(bytes_sha256(content)[:HASH_DIGITS]):
             raise StoreFormatError(
                 f"{storage.location}/{key}: its content does not hash to its name; it is damaged. 'kvpipe repair' rebuilds it "
                 "from commits/"
@@ -230,7 +143,7 @@ def listed_shards(storage: Storage) -> dict[int, tuple[int, int]]:
     """Tokens and stored bytes of the shards that are in a summary; those committed since are not among them."""
     return {
         row["shard"]: (row["num_tokens"], row["stored_bytes"])
-        for table in _read_summaries(storage).values()
+        for table in read_summaries(storage).values()
         for row in table.to_pylist()
     }
 
@@ -257,7 +170,7 @@ class SampleTable:
             self._loose = list(commits)
         else:
             # In this order: a shard is committed before a summary lists it, and others may be writing.
-            tables, committed, seen = _read_summaries(storage), committed_shards(storage), set[int]()
+            tables, committed, seen = read_summaries(storage), committed_shards(storage), set[int]()
             for key, table in tables.items():
                 shards = set(table["shard"].to_pylist())
                 if lost := sorted(shards - committed):
@@ -266,12 +179,12 @@ class SampleTable:
                         "record; it is lost. Restore it, or make it again with 'kvpipe repair'"
                     )
                 if fresh := shards - seen:
-                    self._parts[part_key(key)] = fresh, json.loads(table.schema.metadata[_COLUMN_DIGESTS])
+                    self._parts[part_key(key)] = fresh, json.loads(table.schema.metadata[COLUMN_DIGESTS])
                     keep = pa.array([shard in fresh for shard in table["shard"].to_pylist()], pa.bool_())
                     summaries.append(table.filter(keep).replace_schema_metadata(None))
                 seen |= shards
             self._loose = [read_commit(storage, shard) for shard in sorted(committed - seen)]
-        self.summary: pa.Table = pa.concat_tables([*summaries, _summary(self._loose)]).sort_by("shard")
+        self.summary: pa.Table = pa.concat_tables([*summaries, summary_of(self._loose)]).sort_by("shard")
         """One row per committed shard: shard, num_samples, num_tokens, stored_bytes."""
 
     def __len__(self) -> int:

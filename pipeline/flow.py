@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from kvstore import Store
 from kvstore.commits import committed_shards
+from kvstore.compaction import compact
 from kvstore.lease import LAYOUT, lease
-from kvstore.samples import compact
 from pipeline.config import ExtractConfig
 from pipeline.data.windows import Window, Windows
 from pipeline.enter import Run

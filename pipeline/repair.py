@@ -15,11 +15,11 @@ import numpy as np
 from kvstore import KVStoreError, Store
 from kvstore.arrays import open_array, shard_key, unreachable
 from kvstore.commits import Commit, SampleRow, commit_key, read_commit, sample_id
+from kvstore.compaction import compact
 from kvstore.drop import read_dropped
 from kvstore.lease import EVERYTHING, lease
 from kvstore.manifest import SAMPLES, refuse_mismatch
 from kvstore.records import bytes_sha256
-from kvstore.samples import compact
 from kvstore.storage import Storage, locate
 from kvstore.verify import Progress, Report, verify_store
 from pipeline.align import Alignment

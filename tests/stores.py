@@ -14,10 +14,11 @@ import pyarrow as pa
 from kvstore.calibration import Calibration, ChannelMoments, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, parse_codecs
 from kvstore.commits import Commit, SampleRow, create_commit, sample_id, token_crc32c
+from kvstore.compaction import compact, write_tables
 from kvstore.create import create_store
 from kvstore.layout import Layout, fill_shards, plan_layout
 from kvstore.manifest import Manifest, plan_groups, write_manifest
-from kvstore.samples import ROWS, SUMMARY, compact, write_tables
+from kvstore.samples import ROWS, SUMMARY
 from kvstore.spec import Dtype, KVSpec, LayerSpec, RopeSpec
 from kvstore.storage import locate
 from kvstore.writer import ShardWriter

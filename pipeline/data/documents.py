@@ -152,6 +152,8 @@ def _messages(found: object) -> tuple[Message, ...] | None:
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import zstandard  # not in the except clause: who stops early may close this while the interpreter ends
+
     try:
         with io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig") as file:
             for number, line in enumerate(file):
@@ -160,7 +162,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"line {number + 1} is not an object")
                     yield row
-    except (EOFError, OSError, ValueError, _zstd_error()) as error:
+    except (EOFError, OSError, ValueError, zstandard.ZstdError) as error:
         raise ValueError(f"--data: {path} is not complete JSON lines: {error}; repair it or leave it out") from error
 
 
@@ -205,12 +207,6 @@ class _ZstdFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -16,10 +16,10 @@ import transformers
 
 from kvstore.calibration import CALIBRATION_TOKENS
 from kvstore.commits import committed_shards, create_commit
+from kvstore.compaction import compact, loose_table_bytes
 from kvstore.create import refuse_strangers
 from kvstore.layout import Layout, fill_shards
 from kvstore.manifest import MANIFEST, read_manifest
-from kvstore.samples import compact, loose_table_bytes
 from kvstore.storage import Storage, locate
 from pipeline.budget import store_bytes
 from pipeline.config import ExtractConfig
@@ -203,13 +203,13 @@ def _records(samples: Sequence[Sample], layout: Layout, sizes: Sizes) -> Records
         for task in tasks:
             rows = tuple(sample.row for sample in task.samples)
             create_commit(storage, dataclasses.replace(sizes.commit, shard=task.shard, samples=rows))
-        records, room = store_bytes(storage), loose_table_bytes(storage)
+        committed, room = store_bytes(storage), loose_table_bytes(storage)
         compact(storage)
         total = store_bytes(storage)
     return Records(
         per_token=(total - (len(tasks) + 1) * per_shard) / known,
         per_shard=per_shard,
-        spare_per_token=(room - (total - records)) / known,
+        spare_per_token=(room - (total - committed)) / known,
         own=sizes.own_bytes,
         own_files=sizes.own_files,
     )

@@ -17,8 +17,8 @@ from pipeline.planning.data_size import DataSize
 from pipeline.planning.estimate import Records, Sizing
 from pipeline.tasks import estimate_bytes
 
-_GUESSED = Records(per_token=8.0, per_shard=20_000, spare_per_token=1.0, own=12_000_000, own_files=30)
-"""Where there is no tokenizer to try: four bytes of text a token, twice, once compressed; a tokenizer of 150,000 tokens."""
+_GUESSED = Records(per_token=8.0, per_shard=20_000, spare_per_token=2.5, own=12_000_000, own_files=30)
+"""Where there is no tokenizer to try: four bytes of text a token, twice, once compressed to less than half; a tokenizer of 150,000 tokens."""
 _UNREAD = Window(number=0, samples=[], consumed=Consumed(documents=0, sha256="", samples=0, tokens=0), last=False)
 _IDS_BYTES = 2.0
 """Of a compressed token id."""

@@ -13,9 +13,9 @@ import pytest
 import zarr
 
 from kvstore import CorruptShardError, KVStoreError, StoreNotFoundError, drop, open_store
+from kvstore.compaction import compact, forget
 from kvstore.drop import drop_samples, dropped_shards, read_dropped
 from kvstore.lease import EVERYTHING, lease
-from kvstore.samples import compact, forget
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from tests.kvstore.test_rewrite import codes_by_id

@@ -31,13 +31,14 @@ import zarr
 
 from kvstore import CodecError, KVStoreError, open_store
 from kvstore.commits import SampleRow
+from kvstore.compaction import compact
 from kvstore.drop import drop_samples, read_dropped
 from kvstore.errors import StoreWriteError
 from kvstore.gate import read_gate, write_gate
 from kvstore.manifest import read_manifest, write_manifest
 from kvstore.records import canonical_json
 from kvstore.repeats import write_repeats
-from kvstore.samples import ROWS, compact
+from kvstore.samples import ROWS
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from kvstore.writer import ShardWriter
@@ -657,7 +658,7 @@ import sys
 from pathlib import Path
 from kvstore import open_store
 from kvstore.errors import StoreWriteError
-from kvstore.samples import compact
+from kvstore.compaction import compact
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from tests.stores import begin_store, random_source, small_spec, write_shard

@@ -35,6 +35,7 @@ from kvstore import (
 )
 from kvstore.codec import CODECS
 from kvstore.commits import sample_id
+from kvstore.compaction import compact
 from kvstore.create import extend_store
 from kvstore.describe import describe
 from kvstore.drop import drop_samples
@@ -43,7 +44,6 @@ from kvstore.lease import EVERYTHING, lease
 from kvstore.records import canonical_json
 from kvstore.repeats import write_repeats
 from kvstore.rewrite import merge_stores, recode_store
-from kvstore.samples import compact
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from pipeline.monitor.progress import Progress

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from kvstore import open_store
-from kvstore.samples import compact, forget
+from kvstore.compaction import compact, forget
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from tests.stores import random_source, small_spec, write_sample_tables, write_store
@@ -96,7 +96,7 @@ def test_rows_are_put_into_parts_of_bounded_size(tmp_path: Path, monkeypatch: py
     shards = range(store.manifest.layout.num_shards)
     assert len(shards) > 3
     forget(storage, shards)
-    monkeypatch.setattr("kvstore.samples.PART_BYTES", 1)
+    monkeypatch.setattr("kvstore.compaction.PART_BYTES", 1)
     assert compact(storage) == len(shards)
     assert len(list((path / "samples").glob("part-*"))) == len(shards)
     after = open_store(path)

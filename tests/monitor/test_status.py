@@ -20,8 +20,8 @@ from click.testing import CliRunner, Result
 
 from kvstore import StoreNotFoundError
 from kvstore.commits import commit_key, read_commit
+from kvstore.compaction import compact
 from kvstore.lease import EVERYTHING, EXPIRY_S, LAYOUT, LEASES, lease
-from kvstore.samples import compact
 from kvstore.storage import Storage, locate
 from pipeline.cli import cli
 from pipeline.monitor.progress import Progress

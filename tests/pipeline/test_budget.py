@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kvstore.commits import read_commit
+from kvstore.compaction import compact, loose_table_bytes
 from kvstore.manifest import write_manifest
 from kvstore.repeats import write_repeats
-from kvstore.samples import compact, loose_table_bytes
 from kvstore.storage import locate
 from pipeline.budget import END_BYTES, ByteBudget, refuse_small_budget, store_bytes, task_bytes, window_bytes
 from pipeline.config import ExtractConfig

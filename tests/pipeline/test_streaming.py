@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -26,10 +27,12 @@ from pipeline.budget import END_BYTES, store_bytes
 from pipeline.config import ExtractConfig
 from pipeline.data import samples
 from pipeline.data.chat import ROLES
+from pipeline.data.windows import Window
 from pipeline.extract import ExtractSummary, extract
 from pipeline.models.resolve import resolve_model
 from pipeline.monitor.run_log import LogReader
 from pipeline.monitor.status import StatusReader
+from pipeline.parts import Part, RunParts
 from pipeline.repair import repair_store
 from tests.checkpoints import byte_tokenizer, save_checkpoint
 from tests.data.test_chat import CHATML, SPECIAL
@@ -102,6 +105,25 @@ def streamed(teacher: Path, data: Path, whole: Path, folder: Path) -> Path:
 def run(teacher: Path, data: Path, out: Path, **more: Any) -> ExtractSummary:
     config = ExtractConfig(**settings_of(teacher, [data], out, **{"window_tokens": WINDOW, **more}))
     return extract(config, resolve_model(config.teacher), say=lambda _: None)
+
+
+def test_samples_are_let_go_of_when_they_have_become_tasks(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter, held, largest = RunParts.enter, [], []
+
+    def watched(parts: RunParts, window: Window) -> Part:
+        part = enter(parts, window)
+        largest.append(len(window.samples))
+        held.append(sum(type(found) is samples.Sample for found in gc.get_objects()))
+        return part
+
+    gc.collect()
+    monkeypatch.setattr(RunParts, "enter", watched)
+    run(teacher, data, tmp_path / "store")
+    assert len(held) > 3
+    # Those of the window that is entered, and of the next, which is planned meanwhile.
+    assert max(held) <= 2 * max(largest), (held, largest)
 
 
 def copy(store: Path, to: Path) -> Path:

@@ -457,9 +457,8 @@ def test_alternatives_are_the_finest_that_fit() -> None:
 
 
 def test_tokens_that_fit_are_told_for_data_of_any_size() -> None:
-    records = Records(
-        per_token=2.0, per_shard=1000, spare_per_token=0.0, own=8800, own_files=0
-    )  # with a gate's record 10,000 bytes
+    # With a gate's record 10,000 bytes whatever the data.
+    records = Records(per_token=2.0, per_shard=1000, spare_per_token=0.0, own=8800, own_files=0)
     known = rung("q8", 6.5, 110_000)
     assert tokens_that_fit(known, records, 60_000, 1000, 100) == 500
     endless = dataclasses.replace(known, total_bytes=None, shards=None, bytes_per_token=18.0)
