@@ -5,12 +5,13 @@ Everything else goes through tensorstore on the same files. Knows no samples and
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import tensorstore as ts
 import zarr
@@ -18,9 +19,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.codec import KINDS, Kind
-from kvstore.errors import CorruptShardError
+from kvstore.errors import CorruptShardError, StoreFormatError
 from kvstore.manifest import ARRAYS, Group, Manifest
-from kvstore.records import fingerprint
+from kvstore.records import differences, fingerprint, parse_json, plain
 from kvstore.storage import Storage
 
 
@@ -92,20 +93,77 @@ def read_calibration(storage: Storage, manifest: Manifest) -> Calibration:
 
 
 def read_small_array(storage: Storage, manifest: Manifest, array: str) -> np.ndarray:
-    """One of the arrays that are not sharded.
+    """One of the arrays that are not sharded: a single chunk, whose bytes are read here, so that a foreign one asks for no memory.
 
     Raises:
         CorruptShardError: it is missing or damaged.
     """
-    view = open_array(storage, manifest, array)
+    expected = expected_arrays(manifest)[array]
+    _refuse_other_metadata(storage, manifest, array)
+    where = f"{storage.location}/{ARRAYS}/{array}"
+    size = int(np.prod(expected.shape)) * expected.dtype.itemsize
     try:
-        return np.asarray(view.read().result())
-    except ValueError as error:
-        if unreachable(error):
-            raise OSError(f"{storage.location}/{ARRAYS}/{array}: {error}; see to the connection and try again") from error
+        content = storage.read(f"{ARRAYS}/{array}/c/{'/'.join('0' * len(expected.shape))}", most_bytes=size + 4)
+    except (FileNotFoundError, NotADirectoryError, StoreFormatError) as error:
+        raise CorruptShardError(f"{where}: {error}; it is missing or damaged, restore it") from error
+    if len(content) != size + 4 or google_crc32c.value(content[:size]) != int.from_bytes(content[size:], "little"):
         raise CorruptShardError(
-            f"{storage.location}/{ARRAYS}/{array}: {error}; it is missing or damaged, restore it"
-        ) from error
+            f"{where}: {len(content)} bytes, expected {size + 4} with a crc32c that fits; it is damaged, restore it"
+        )
+    return np.frombuffer(content[:size], dtype=expected.dtype).reshape(expected.shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ArraySpec:
+    """What the manifest says of one array."""
+
+    shape: tuple[int, ...]
+    """With the token axis as long as the manifest has it."""
+    dtype: np.dtype[Any]
+    fill: int
+    dimension_names: tuple[str, ...]
+    chunk: tuple[int, ...] | None = None
+    """Inner chunk of a sharded array; the shard is as long as the array but on its token axis."""
+    shard: tuple[int, ...] | None = None
+
+
+def expected_arrays(manifest: Manifest) -> dict[str, ArraySpec]:
+    """Every array of a store by its path inside kv.zarr, as it follows from the manifest (FORMAT.md 3)."""
+    layout, found = manifest.layout, dict[str, ArraySpec]()
+    for group in manifest.groups:
+        layers = len(group.layers)
+        for kind in KINDS:
+            heads, code = group.code_shape(kind)
+            name = group.array(kind)
+            found[array_key(group, name)] = ArraySpec(
+                shape=(layers, layout.num_tokens, heads, code),
+                dtype=group.storage_dtype(kind),
+                fill=fill_value(group, kind),
+                dimension_names=("layer", "token", "kv_head", f"{name}_dim"),
+                chunk=(1, layout.chunk_tokens, heads, code),
+                shard=(layers, layout.shard_tokens, heads, code),
+            )
+            if group.quantizer(kind) is not None:
+                statistic = ArraySpec(
+                    shape=(layers, group.num_kv_heads, group.dim(kind)),
+                    dtype=np.dtype(np.float32),
+                    fill=0,
+                    dimension_names=("layer", "kv_head", f"{kind}_dim"),
+                )
+                found |= {array_key(group, f"{kind}_{name}"): statistic for name in ("mean", "step")}
+        found[array_key(group, "layer")] = ArraySpec(
+            shape=(layers,), dtype=np.dtype(np.int32), fill=0, dimension_names=("layer",)
+        )
+    for name in manifest.token_arrays:
+        found[name] = ArraySpec(
+            shape=(layout.num_tokens,),
+            dtype=TOKEN_ARRAYS[name].dtype,
+            fill=TOKEN_ARRAYS[name].fill,
+            dimension_names=("token",),
+            chunk=(layout.chunk_tokens,),
+            shard=(layout.shard_tokens,),
+        )
+    return found
 
 
 def create_arrays(path: Path, manifest: Manifest, calibration: Calibration) -> None:
@@ -197,9 +255,9 @@ def open_array(storage: Storage, manifest: Manifest, array: str, *, context: ts.
     """Open an array of a store for reading, so that missing data raises.
 
     Raises:
-        CorruptShardError: its zarr.json is missing or not the one the manifest names.
+        CorruptShardError: its zarr.json is missing or not what the manifest says.
     """
-    validate_length(storage, manifest, f"{array}/zarr.json")
+    _refuse_other_metadata(storage, manifest, array)
     try:
         return _open(storage.tensorstore_spec(f"{ARRAYS}/{array}"), context)
     except ValueError as error:
@@ -263,42 +321,145 @@ def read_metadata(storage: Storage, manifest: Manifest, key: str) -> dict[str, A
     """
     where = f"{storage.location}/{ARRAYS}/{key}"
     try:
-        document: dict[str, Any] = json.loads(storage.read(f"{ARRAYS}/{key}"))
+        document: dict[str, Any] = parse_json(storage.read(f"{ARRAYS}/{key}", most_bytes=_MOST_METADATA_BYTES), where)
         actual = metadata_fingerprint(document)
-    except (FileNotFoundError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise CorruptShardError(f"{where}: missing or no Zarr metadata ({error!r}); restore it or extract again") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CorruptShardError(
+            f"{where}: missing or no Zarr metadata ({error!r:.200}); 'kvpipe repair' makes it again"
+        ) from error
     if actual != manifest.metadata.get(key):
         raise CorruptShardError(
-            f"{where}: its content hashes to {actual}, the manifest says {manifest.metadata.get(key)}; it was changed, restore it"
+            f"{where}: its content hashes to {actual}, the manifest says {manifest.metadata.get(key)}; it was changed, 'kvpipe repair' makes "
+            "it again"
         )
     return document
 
 
-def validate_length(storage: Storage, manifest: Manifest, key: str) -> None:
-    """Read one zarr.json, by its path inside kv.zarr, and see that its token axis, if it has one, holds all shards.
+_MOST_METADATA_BYTES = 64 * 2**20
 
-    Raises:
-        CorruptShardError: it is missing, changed or too short.
+
+def _refuse_other_metadata(storage: Storage, manifest: Manifest, array: str) -> None:
+    """Raise the first of `metadata_problems` of one array."""
+    for problem in metadata_problems(storage, manifest, f"{array}/zarr.json"):
+        raise CorruptShardError(problem)
+
+
+def metadata_problems(storage: Storage, manifest: Manifest, key: str) -> Iterator[str]:
+    """What is wrong with one zarr.json, by its path inside kv.zarr.
+
+    Its hash in the manifest tells a change; that it says what the manifest says is compared besides, because a hash proves no more
+    than that both are of one writer.
     """
-    document, layout = read_metadata(storage, manifest, key), manifest.layout
-    if "token" not in (document.get("dimension_names") or ()):
+    try:
+        document = read_metadata(storage, manifest, key)
+    except CorruptShardError as error:
+        yield str(error)
         return
-    length = document["shape"][_token_axis(document)]
-    # Longer arrays are fine: an extension grows them first.
-    if not isinstance(length, int) or length < layout.num_tokens or length % layout.shard_tokens:
-        raise CorruptShardError(
-            f"{storage.location}/{ARRAYS}/{key}: token axis of {length!r}, expected {layout.num_tokens} or more by whole shards of "
-            f"{layout.shard_tokens}; it was changed, or the manifest is newer than the arrays. Restore them"
-        )
+    where = f"{storage.location}/{ARRAYS}/{key}"
+    expected = expected_arrays(manifest).get(key.removesuffix("/zarr.json"))
+    if expected is None:
+        yield from (f"{where}: {problem}" for problem in _group_problems(manifest, key, document))
+        return
+    try:
+        yield from (f"{where}: {problem}" for problem in _array_problems(manifest, expected, document))
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        yield f"{where}: no metadata of a Zarr array ({error!r:.200})"
+
+
+def _array_problems(manifest: Manifest, expected: ArraySpec, document: Mapping[str, Any]) -> Iterator[str]:
+    layout, shape = manifest.layout, list(document["shape"])
+    if expected.chunk is not None:
+        axis = expected.dimension_names.index("token")
+        length, shape[axis] = shape[axis], layout.num_tokens
+        # Longer arrays are fine: an extension grows them first.
+        if type(length) is not int or length < layout.num_tokens or length % layout.shard_tokens:
+            yield (
+                f"token axis of {length!r:.40}, expected {layout.num_tokens} or more by whole shards of {layout.shard_tokens}; it was "
+                "changed, or the manifest is newer than the arrays. Restore them"
+            )
+    chunk = expected.shape if expected.shard is None else expected.shard
+    wanted = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": expected.shape,
+        "data_type": expected.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": expected.fill,
+        "dimension_names": expected.dimension_names,
+        "storage_transformers": [],
+    }
+    got = {**document, "shape": shape, "storage_transformers": document.get("storage_transformers") or []}
+    yield from map(str, differences({name: got.get(name) for name in wanted}, plain(wanted)))
+    yield from _codec_problems(expected, document["codecs"])
+
+
+def _codec_problems(expected: ArraySpec, codecs: list[Mapping[str, Any]]) -> Iterator[str]:
+    """What decodes to the same numbers is the same: a compressor describes itself, and its level is nobody's concern."""
+    if expected.chunk is not None:
+        if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
+            yield f"codecs: got {[codec['name'] for codec in codecs]}, expected sharding_indexed alone"
+            return
+        sharding = codecs[0]["configuration"]
+        if list(sharding["chunk_shape"]) != list(expected.chunk):
+            yield f"codecs: inner chunks of {sharding['chunk_shape']}, expected {list(expected.chunk)}"
+        if sharding.get("index_location", "end") != "end":
+            yield f"codecs: index at the {sharding['index_location']!r:.40}, expected at the end"
+        if [_order(codec) for codec in sharding["index_codecs"]] != ["bytes little", "crc32c"]:
+            yield "codecs: the index is encoded otherwise than as little-endian bytes and a crc32c"
+        codecs = sharding["codecs"]
+    names = [_order(codec) for codec in codecs]
+    plain_bytes = {"bytes little", "bytes"} if expected.dtype.itemsize == 1 else {"bytes little"}
+    compressed = len(names) == 3 and names[1] in ("zstd", "blosc", "gzip")
+    if names[:1] == [] or names[0] not in plain_bytes or names[-1] != "crc32c" or not (len(names) == 2 or compressed):
+        yield f"codecs: got {names}, expected little-endian bytes, a compressor for shards, and crc32c"
+
+
+def _order(codec: Mapping[str, Any]) -> str:
+    """A codec's name, with the byte order of `bytes`."""
+    endian = codec.get("configuration", {}).get("endian") if codec["name"] == "bytes" else None
+    return f"{codec['name']} {endian}" if endian else str(codec["name"])
+
+
+def _group_problems(manifest: Manifest, key: str, document: Mapping[str, Any]) -> Iterator[str]:
+    path = key.removesuffix("zarr.json").rstrip("/")
+    group = next((group for group in manifest.groups if group.path == path), None)
+    if document.get("zarr_format") != 3 or document.get("node_type") != "group" or group is None:
+        yield "no Zarr v3 group of this store"
+        return
+    yield from map(
+        str, differences((document.get("attributes") or {}).get("kvpipe"), plain(_group_attributes(manifest, group)))
+    )
+    if "consolidated_metadata" in document:
+        try:
+            yield from _consolidated_problems(manifest, path, document["consolidated_metadata"])
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            yield f"consolidated_metadata is malformed ({error!r:.200})"
+
+
+def _consolidated_problems(manifest: Manifest, group: str, consolidated: Mapping[str, Any] | None) -> Iterator[str]:
+    """Others may consolidate metadata, and their readers then believe the copy: it must say what the arrays say."""
+    for name, child in (consolidated or {}).get("metadata", {}).items():
+        key = f"{group}/{name}/zarr.json".lstrip("/")
+        if key not in manifest.metadata:
+            continue  # an array somebody added
+        names = child.get("dimension_names") or ()
+        is_short = "token" in names and child["shape"][list(names).index("token")] < manifest.layout.num_tokens
+        if is_short or metadata_fingerprint(child) != manifest.metadata[key]:
+            yield f"consolidated_metadata of {name} is not that of the array; consolidate again, or 'kvpipe repair' takes it out"
 
 
 def metadata_fingerprint(document: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of a zarr.json; the length of the token axis is left out, for it grows with the data."""
+    """sha256 of the canonical JSON of a zarr.json, without what changes or what others may add to it: the length of the token axis, which
+    grows with the data, consolidated metadata, and attributes that are not ours."""
+    ours = {name: value for name, value in document.items() if name != "consolidated_metadata"}
+    if document.get("attributes"):
+        ours["attributes"] = {name: value for name, value in document["attributes"].items() if name == "kvpipe"}
     if "token" in (document.get("dimension_names") or ()):
         shape: list[int | None] = list(document["shape"])
         shape[_token_axis(document)] = None
-        document = {**document, "shape": shape}
-    return fingerprint(document)
+        ours["shape"] = shape
+    return fingerprint(ours)
 
 
 def resized(document: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvstore.errors import KVStoreError
-from kvstore.storage import Entry
+from kvstore.errors import KVStoreError, LeaseLostError, StoreFormatError
+from kvstore.storage import Entry, claim_key
 
 TENSORSTORE_DRIVERS = {"s3": "s3", "gs": "gcs"}
 RETRY_S = 60.0
@@ -42,17 +42,29 @@ class Bucket:
     scheme: str
     bucket: str
     prefix: str
+    claim: str | None = None
+    """Whoever writes through this object holds that claim. It is looked up before every write, and an object is replaced only as long as
+    it is the one that was there then (a conditional put)."""
 
     @property
     def location(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.prefix}"
 
-    def read(self, key: str, last_bytes: int | None = None) -> bytes:
+    def read(self, key: str, last_bytes: int | None = None, most_bytes: int | None = None) -> bytes:
         import obstore
 
         options: Any = None if last_bytes is None else {"range": {"suffix": last_bytes}}
+
+        def get(client: Any) -> bytes:
+            found = obstore.get(client, key, options=options)
+            if most_bytes is not None and found.meta["size"] > most_bytes:
+                raise StoreFormatError(
+                    f"{self.location}/{key}: has {found.meta['size']:,} bytes, expected at most {most_bytes:,}; it was changed"
+                )
+            return bytes(found.bytes())
+
         try:
-            return self._request(key, lambda client: bytes(obstore.get(client, key, options=options).bytes()))
+            return self._request(key, get)
         except FileNotFoundError:
             raise
         except OSError:
@@ -78,30 +90,92 @@ class Bucket:
 
     def write(self, key: str, content: bytes | Path, *, replace: bool) -> bool:
         import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
 
         body = content.read_bytes() if isinstance(content, Path) else content
         ours = secrets.token_hex(16)
+        fenced = replace and self.claim is not None
+        mode: Any = "overwrite" if replace and not fenced else "create"
+        if fenced and (there := self._version(key)) is not None:
+            mode = there
+        self._prove()
 
         def put(client: Any) -> bool:
             # One request: an upload in parts cannot be made conditional.
-            if replace:
-                obstore.put(client, key, body, mode="overwrite", use_multipart=False)
-                return True
             try:
-                obstore.put(client, key, body, mode="create", use_multipart=False, attributes={_WRITTEN_BY: ours})
+                attributes = None if mode == "overwrite" else {_WRITTEN_BY: ours}
+                obstore.put(client, key, body, mode=mode, use_multipart=False, attributes=attributes)
             except (AlreadyExistsError, PreconditionError, FileExistsError):
                 # Perhaps by ourselves: of a repeated request the first may have got through and its answer been lost.
                 return obstore.get(client, key, options={"head": True}).attributes.get(_WRITTEN_BY) == ours
+            except (NotFoundError, FileNotFoundError):
+                if isinstance(mode, str):
+                    raise
+                return False  # what was to be replaced has been deleted since
             return True
 
-        return self._request(key, put, stall_s=_UPLOAD_S if len(body) > _LARGE_BYTES else _STALL_S, may_be_missing=not replace)
+        written = self._request(
+            key, put, stall_s=_UPLOAD_S if len(body) > _LARGE_BYTES else _STALL_S, may_be_missing=not replace
+        )
+        if fenced and not written:
+            raise self._lost()
+        return written
 
     def delete(self, key: str) -> None:
         import obstore
 
+        self._prove()
         with contextlib.suppress(FileNotFoundError):
             self._request(key, lambda client: obstore.delete(client, key))
+
+    def fenced(self, claim: str) -> Bucket:
+        return dataclasses.replace(self, claim=claim)
+
+    def open_claim(self, claim: str) -> None:
+        """The claim's own object is what `_prove` looks for."""
+
+    def revoke_claim(self, claim: str) -> None:
+        dataclasses.replace(self, claim=None).delete(claim_key(claim))
+
+    def touch(self, key: str) -> bool:
+        import obstore
+        from obstore.exceptions import NotFoundError, PreconditionError
+
+        there = self._version(key)
+        if there is None:
+            return False
+        content = self.read(key)
+
+        def put(client: Any) -> bool:
+            try:
+                obstore.put(client, key, content, mode=there, use_multipart=False)
+            except (PreconditionError, NotFoundError, FileNotFoundError):
+                return False
+            return True
+
+        # Of a repeated request the first may have got through: then the object is there, of another version.
+        return self._request(key, put) or self._version(key) is not None
+
+    def _version(self, key: str) -> Any:
+        """What a conditional put needs to replace just this object, None where there is none."""
+        import obstore
+
+        try:
+            found = self._request(key, lambda client: obstore.head(client, key))
+        except FileNotFoundError:
+            return None
+        return {"e_tag": found["e_tag"], "version": found["version"]}
+
+    def _prove(self) -> None:
+        """Refuse to go on for a claim that was taken over."""
+        if self.claim is not None and self.size(claim_key(self.claim)) is None:
+            raise self._lost()
+
+    def _lost(self) -> LeaseLostError:
+        return LeaseLostError(
+            f"{self.location}: this process stood still for so long that its claim ran out and another writer took over; nothing of this "
+            "step was written. Run the same command again"
+        )
 
     @contextlib.contextmanager
     def scratch(self, stem: str) -> Iterator[Path]:
@@ -149,7 +223,7 @@ class Bucket:
         deadline, pause = time.monotonic() + patience, _FIRST_PAUSE_S
         while True:
             try:
-                return ask(_client(self, _endpoint(), patience, stall_s))
+                return ask(_client(dataclasses.replace(self, claim=None), _endpoint(), patience, stall_s))
             except (BaseError, OSError) as error:
                 text = str(error)
                 missing = isinstance(error, FileNotFoundError) or type(error).__name__ == "NotFoundError"

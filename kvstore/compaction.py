@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +15,17 @@ from kvstore.commits import Commit, committed_shards, read_commit
 from kvstore.errors import StoreWriteError
 from kvstore.manifest import SAMPLES
 from kvstore.records import bytes_sha256, canonical_json
-from kvstore.samples import COLUMN_DIGESTS, HASH_DIGITS, ROWS, column_digest, part_key, read_summaries, rows_of, summary_of
+from kvstore.samples import (
+    COLUMN_DIGESTS,
+    HASH_DIGITS,
+    ROWS,
+    column_digest,
+    is_part,
+    part_key,
+    read_summaries,
+    rows_of,
+    summary_of,
+)
 from kvstore.storage import Storage
 
 PART_BYTES = 16 * 2**20
@@ -53,7 +62,7 @@ def loose_table_bytes(storage: Storage) -> int:
 
 def loose_shards(storage: Storage) -> set[int]:
     """Committed shards that only their commit records tell of."""
-    listed = {shard for table in read_summaries(storage).values() for shard in table["shard"].to_pylist()}
+    listed = {shard for summary in read_summaries(storage).values() for shard in summary.shards["shard"].to_pylist()}
     return committed_shards(storage) - listed
 
 
@@ -92,13 +101,13 @@ def forget(storage: Storage, shards: Iterable[int]) -> None:
     The summary goes first; `compact` makes new ones. For `drop` and `repair`, which hold the whole store.
     """
     gone, kept = set(shards), set[str]()
-    for key, table in read_summaries(storage).items():
-        if gone & set(table["shard"].to_pylist()):
+    for key, summary in read_summaries(storage).items():
+        if gone & set(summary.shards["shard"].to_pylist()):
             storage.delete(key)
         else:
             kept.add(part_key(key))
     for entry in list(storage.entries(SAMPLES)):
-        if PurePosixPath(entry.key).name.startswith("part-") and entry.key not in kept:
+        if is_part(entry.key) and entry.key not in kept:
             storage.delete(entry.key)
 
 

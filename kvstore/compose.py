@@ -122,7 +122,7 @@ def planned(
     """The manifest of the new store; its data is one part, as if one extraction had planned all samples."""
     layout = plan_layout([origin.num_tokens for origin in origins], like.groups[0].row_bytes)
     longest = max(origin.num_tokens for origin in origins)
-    seq_len = max((part["seq_len"] for store in stores for part in store.manifest.data.get("parts", ())), default=longest)
+    seq_len = max((part["seq_len"] for store in stores for part in store.manifest.data_parts), default=longest)
     part = {
         **data_record(((origin.id, origin.count, origin.num_tokens) for origin in origins), seq_len),
         "first_shard": 0,
@@ -145,7 +145,8 @@ def make(plan: Plan, purpose: str, progress: Progress) -> RewriteSummary:
     """Create the store or go on with it."""
     _refuse_other_store(plan)
     new_shards, done, total = 0, 0, sum(origin.num_tokens for origin in plan.origins)
-    with lease(plan.target, *EVERYTHING, purpose):
+    with lease(plan.target, *EVERYTHING, purpose) as held:
+        plan = dataclasses.replace(plan, target=held)
         manifest, calibration = _begin(plan, lambda told, of: progress(told, total + of))
         if plan.dropped:
             reasons = {identity: why for store in plan.stores for identity, why in read_quarantined(store.storage).items()}
@@ -175,7 +176,7 @@ def make(plan: Plan, purpose: str, progress: Progress) -> RewriteSummary:
                 raise
         compact(plan.target)
     progress(total, total)
-    store = Store(plan.target)
+    store = Store(plan.target.location)
     return RewriteSummary(
         out=store.location,
         num_samples=len(store),

@@ -11,17 +11,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvstore.arrays import (
+    array_key,
     array_keys,
     create_arrays,
     metadata_fingerprint,
+    metadata_problems,
     read_metadata,
+    read_small_array,
     resized,
 )
 from kvstore.calibration import Calibration
-from kvstore.errors import StoreFormatError
+from kvstore.codec import KINDS, Kind
+from kvstore.errors import KVStoreError, StoreFormatError
 from kvstore.gate import write_gate
-from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, PROGRESS, PROJECTION, SAMPLES, TOKENIZER, Manifest, write_manifest
+from kvstore.manifest import (
+    ARRAYS,
+    COMMITS,
+    GATE,
+    MANIFEST,
+    PROGRESS,
+    PROJECTION,
+    SAMPLES,
+    TOKENIZER,
+    Group,
+    Manifest,
+    write_manifest,
+)
 from kvstore.records import bytes_sha256
 from kvstore.storage import STAGING, Storage
 
@@ -104,6 +122,42 @@ def _keep(storage: Storage, name: str, folder: Path | None) -> dict[str, str]:
     return kept
 
 
+def restore_metadata(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
+    """Write every zarr.json that is not what the manifest says again, and the `layer` arrays: all of it follows from the manifest.
+
+    Returns:
+        Keys of the files written. A zarr.json that another version of zarr-python wrote in other words cannot be made again and is left.
+    """
+    written: list[str] = []
+    layers = {array_key(group, "layer"): group.layers for group in manifest.groups}
+    blank = {
+        group.path: {kind: (zeros, zeros) for kind in KINDS if group.quantizer(kind) for zeros in [_zeros(group, kind)]}
+        for group in manifest.groups
+    }
+    with storage.scratch("metadata") as scratch:
+        create_arrays(scratch / ARRAYS, manifest, blank)
+        for key in manifest.metadata:
+            if any(metadata_problems(storage, manifest, key)):
+                document = json.loads((scratch / ARRAYS / key).read_bytes())
+                if metadata_fingerprint(document) == manifest.metadata[key]:
+                    storage.write(f"{ARRAYS}/{key}", json.dumps(document, indent=2).encode(), replace=True)
+                    written.append(f"{ARRAYS}/{key}")
+        for array, expected in layers.items():
+            try:
+                if read_small_array(storage, manifest, array).tolist() == list(expected):
+                    continue
+            except KVStoreError:
+                pass
+            key = f"{ARRAYS}/{array}/c/0"
+            storage.write(key, (scratch / key).read_bytes(), replace=True)
+            written.append(key)
+    return tuple(written)
+
+
+def _zeros(group: Group, kind: Kind) -> np.ndarray:
+    return np.zeros((len(group.layers), group.num_kv_heads, group.dim(kind)), dtype=np.float32)
+
+
 def extend_store(storage: Storage, manifest: Manifest) -> None:
     """Make room for more shards: the arrays grow first, then the manifest says so; a crash in between changes nothing seen.
 
@@ -115,4 +169,8 @@ def extend_store(storage: Storage, manifest: Manifest) -> None:
         document = read_metadata(storage, manifest, key)
         grown = json.dumps(resized(document, manifest.layout.num_tokens), indent=2)
         storage.write(f"{ARRAYS}/{key}", grown.encode(), replace=True)
+    for key in (f"{group.path}/zarr.json".lstrip("/") for group in manifest.groups):
+        document = read_metadata(storage, manifest, key)
+        if document.pop("consolidated_metadata", None) is not None:  # whose arrays are shorter than they now are
+            storage.write(f"{ARRAYS}/{key}", json.dumps(document, indent=2).encode(), replace=True)
     write_manifest(storage, manifest)

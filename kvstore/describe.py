@@ -50,7 +50,7 @@ def describe(store: Store) -> dict[str, Any]:
         "shard_tokens": manifest.layout.shard_tokens,
         "alignment": manifest.alignment
         and {name: manifest.alignment[name] for name in ("layer_map", "layer_map_name", "baked")},
-        "parts": manifest.data.get("parts", []),
+        "parts": manifest.data_parts,
         "dropped": len(read_dropped(store.storage)),
         "quarantined": read_quarantined(store.storage),
         "merged_from": _from_runs(manifest, "merged_from"),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from kvstore.arrays import read_calibration
 from kvstore.calibration import Calibration
@@ -17,11 +19,11 @@ from kvstore.codec import KINDS
 from kvstore.commits import Commit, committed_shards, read_commit
 from kvstore.compaction import compact, forget
 from kvstore.errors import CorruptShardError, KVStoreError
-from kvstore.lease import EVERYTHING, EXPIRY_S, LAYOUT, LEASES, lease
+from kvstore.lease import EVERYTHING, LAYOUT, lease, sweep_held
 from kvstore.manifest import SAMPLES, Manifest, read_manifest, write_manifest
 from kvstore.reader import Store
-from kvstore.records import bytes_sha256, fingerprint, read_sealed, write_sealed
-from kvstore.storage import STAGING, Storage, locate
+from kvstore.records import INT32_MAX, STRICT, Sha256, bytes_sha256, fingerprint, unseal, write_sealed
+from kvstore.storage import Storage, locate
 from kvstore.writer import ShardWriter
 
 _DROPPED = f"{SAMPLES}/dropped.json"
@@ -39,6 +41,33 @@ class DropSummary:
     """Shards written again."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined:
+    """Why a sample was left out."""
+
+    __pydantic_config__ = STRICT
+
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """The record of all samples taken out of a store (FORMAT.md 10.4)."""
+
+    __pydantic_config__ = STRICT
+
+    shards: dict[Sha256, Annotated[int, Field(ge=BEFORE, le=INT32_MAX)]]
+    quarantined: dict[Sha256, Quarantined] = dataclasses.field(default_factory=dict)
+
+
+def _read(storage: Storage) -> Dropped:
+    try:
+        return unseal(storage, _DROPPED).parse(Dropped, "10.4")
+    except FileNotFoundError:
+        return Dropped(shards={})
+
+
 def read_dropped(storage: Storage) -> list[str]:
     """Ids of all samples ever dropped from a store, sorted; they are never stored again."""
     return list(dropped_shards(storage))
@@ -46,18 +75,12 @@ def read_dropped(storage: Storage) -> list[str]:
 
 def dropped_shards(storage: Storage) -> dict[str, int]:
     """For all samples ever dropped the shard they were in, or `BEFORE`: a part planned again must leave their rows free."""
-    try:
-        return dict(sorted(read_sealed(storage, _DROPPED)["shards"].items()))
-    except FileNotFoundError:
-        return {}
+    return dict(sorted(_read(storage).shards.items()))
 
 
 def read_quarantined(storage: Storage) -> dict[str, dict[str, str]]:
     """By id, `source` and `reason` of the samples that were dropped because their teacher could not compute them."""
-    try:
-        return dict(read_sealed(storage, _DROPPED).get("quarantined", {}))
-    except FileNotFoundError:
-        return {}
+    return {identity: dataclasses.asdict(entry) for identity, entry in _read(storage).quarantined.items()}
 
 
 def write_dropped(
@@ -87,10 +110,10 @@ def quarantine_samples(storage: Storage, shard: int, bad: Mapping[str, Mapping[s
         bad: by id, `source` and `reason`; neither may hold the sample's text.
         purpose: of the caller, who holds the shard; waits for the right to change the manifest.
     """
-    with lease(storage, LAYOUT, LAYOUT + 1, purpose, wait=lambda _: None):
-        dropped = {**dict.fromkeys(bad, shard), **dropped_shards(storage)}
-        write_dropped(storage, dropped, {**read_quarantined(storage), **bad})
-        name_dropped(storage)
+    with lease(storage, LAYOUT, LAYOUT + 1, purpose, wait=lambda _: None) as held:
+        dropped = {**dict.fromkeys(bad, shard), **dropped_shards(held)}
+        write_dropped(held, dropped, {**read_quarantined(held), **bad})
+        name_dropped(held)
 
 
 def name_dropped(storage: Storage) -> Manifest:
@@ -120,29 +143,29 @@ def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, i
     if not ids:
         raise KVStoreError(f"--ids: got none, expected at least one sample id of {storage.location}; nothing was changed")
     read_manifest(storage)  # so that a wrong path is refused before a lease lies there
-    with lease(storage, *EVERYTHING, f"kvpipe drop {location}"):
-        manifest = read_manifest(storage)
-        commits = [read_commit(storage, shard) for shard in sorted(committed_shards(storage))]
-        before = dropped_shards(storage)
-        gone = _resolve(ids, commits, before, storage.location)
+    with lease(storage, *EVERYTHING, f"kvpipe drop {location}") as held:
+        manifest = read_manifest(held)
+        commits = [read_commit(held, shard) for shard in sorted(committed_shards(held))]
+        before = dropped_shards(held)
+        gone = _resolve(ids, commits, before, held.location)
         dropped = {**gone, **before}
         touched = [commit for commit in commits if any(row.id in dropped for row in commit.samples)]
         interrupted = {commit.shard for commit in touched if any(row.id in before for row in commit.samples)}
         for commit in touched:
             if commit.shard not in interrupted:
-                _refuse_damaged(storage, commit)
+                _refuse_damaged(held, commit)
         # What is dropped is written down first: a resumed extraction must not bring it back.
         if dropped != before:
-            write_dropped(storage, dropped, read_quarantined(storage))
-        manifest = name_dropped(storage)
+            write_dropped(held, dropped, read_quarantined(held))
+        manifest = name_dropped(held)
         if touched:
-            forget(storage, [commit.shard for commit in touched])
-            _sweep(storage)
-        calibration = read_calibration(storage, manifest)
+            forget(held, [commit.shard for commit in touched])
+            sweep_held(held)  # what killed writers left may hold the dropped texts
+        calibration = read_calibration(held, manifest)
         for number, commit in enumerate(touched):
             progress(number, len(touched))
-            _rewrite(storage, manifest, calibration, commit, dropped, verify_objects=commit.shard not in interrupted)
-        compact(storage)
+            _rewrite(held, manifest, calibration, commit, dropped, verify_objects=commit.shard not in interrupted)
+        compact(held)
         progress(len(touched), len(touched))
     return DropSummary(num_dropped=len(gone.keys() - before.keys()), num_shards=len(touched))
 
@@ -165,25 +188,14 @@ def _resolve(ids: Collection[str], commits: Iterable[Commit], dropped: Mapping[s
 
 def _refuse_damaged(storage: Storage, commit: Commit) -> None:
     for stored in commit.objects:
-        try:
-            actual = bytes_sha256(storage.read(stored.path))
-        except FileNotFoundError:
-            actual = "nothing"
+        size = storage.size(stored.path)
+        whole = size == stored.size_bytes
+        actual = bytes_sha256(storage.read(stored.path)) if whole else "nothing" if size is None else f"{size} bytes"
         if actual != stored.sha256:
             raise CorruptShardError(
                 f"shard {commit.shard}: {stored.path} hashes to {actual}, its record says {stored.sha256} ({storage.location}); "
                 "'kvpipe repair' makes it again, then drop. Nothing was changed"
             )
-
-
-def _sweep(storage: Storage) -> None:
-    """Delete what killed writers left in staging, which may hold the dropped texts; nobody else writes shards now."""
-    staged = list(storage.entries(STAGING))
-    now = max((entry.modified_s for entry in staged), default=0.0)
-    for entry in staged:
-        name = entry.key.removeprefix(f"{STAGING}/")
-        if not entry.key.startswith(LEASES) and (name.startswith("shard-") or now - entry.modified_s > EXPIRY_S):
-            storage.delete(entry.key)
 
 
 def _rewrite(

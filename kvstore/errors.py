@@ -33,5 +33,9 @@ class LeaseHeldError(KVStoreError):
     """Another process is writing these shards: wait for it, or take others."""
 
 
+class LeaseLostError(KVStoreError):
+    """This process stood still until its claim ran out, and another took over: run the same command again."""
+
+
 class StoreWriteError(KVStoreError, OSError):
     """The disk or bucket refused: free space or mend permissions, and run the same command again."""

@@ -6,11 +6,40 @@ Knows the numbers, not how they were measured (`pipeline.gate`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from kvstore.manifest import GATE
-from kvstore.records import read_sealed, write_sealed
+from kvstore.records import STRICT, Size, unseal, write_sealed
 from kvstore.storage import Storage
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@with_config(STRICT)
+class GateRecord(TypedDict, total=False):
+    """What one gate run measured; later versions may leave fields out."""
+
+    codec: str
+    geometry: str
+    num_samples: Size
+    num_tokens: Size
+    kl: Number
+    perplexity_change: Number
+    top1_agreement: Number
+    limit: Number
+    passed: bool
+    parts: Size
+
+
+@with_config(STRICT)
+class Gates(TypedDict, total=False):
+    """The record: a run before the first shard, and one after the last."""
+
+    before: GateRecord
+    after: GateRecord
 
 
 def read_gate(storage: Storage) -> dict[str, Any]:
@@ -20,7 +49,7 @@ def read_gate(storage: Storage) -> dict[str, Any]:
         StoreFormatError: the record is damaged.
     """
     try:
-        return read_sealed(storage, GATE)
+        return dict(unseal(storage, GATE).parse(Gates, "9.1"))
     except FileNotFoundError:
         return {}
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+
+from kvstore.records import INT32_MAX, STRICT, Natural
 
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 1024
 MIN_CHUNK_BYTES = 8192
@@ -18,11 +22,13 @@ _SHARDS_WANTED = 32
 class Layout:
     """How the token axis is cut; the same for every array of a store."""
 
-    chunk_tokens: int
+    __pydantic_config__ = STRICT
+
+    chunk_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
     """Tokens of an inner chunk, Zarr's unit of decoding; samples start on one."""
-    shard_tokens: int
+    shard_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
     """Tokens of a shard, Zarr's stored object and the unit of work, commit and hash."""
-    num_shards: int
+    num_shards: Natural
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,8 @@
 
 A claim is a small file that its holder touches again and again. It dies with its holder: at once where the holder was a process
 of this machine, after a time without touch anywhere else. Works the same on a disk, a shared file system and a bucket, whose
-clock, not ours, says how old a claim is. Knows shard numbers, not what is written.
+clock, not ours, says how old a claim is. Whoever takes over from a claim revokes it first: a holder that was only frozen then finds
+every write refused (`Storage.fenced`). Knows shard numbers, not what is written.
 """
 
 from __future__ import annotations
@@ -13,40 +14,45 @@ import json
 import os
 import random
 import secrets
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 import psutil
+import pydantic
 
-from kvstore.errors import LeaseHeldError
-from kvstore.storage import STAGING, Folder, Storage
+from kvstore.errors import LeaseHeldError, StoreFormatError
+from kvstore.records import INT32_MAX, INT64_MAX, parse
+from kvstore.storage import CLAIM, LEASES, SCRATCH, STAGING, Folder, Storage, claim_key
 
-LEASES = f"{STAGING}/leases"
 LAYOUT = -1
 """Stands for the right to create a store or to change its manifest, beside shards 0 and up."""
 EVERYTHING = (LAYOUT, 2**62)
 TOUCH_S, EXPIRY_S = 20.0, 120.0
 _TRIES = 4
-_UNDER_LEASE = ("shard-", "create-", "creating")
+_MOST_BYTES = 65_536
+_UNDER_LEASE = (CLAIM, SCRATCH, "creating", "shard-", "create-")
 """What only a writer with a lease puts into the staging folder."""
+Text = Annotated[str, pydantic.StringConstraints(max_length=4096)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """One writer's claim."""
 
-    purpose: str
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    purpose: Text
     """The command, for messages."""
-    first: int
-    stop: int
+    first: Annotated[int, pydantic.Field(ge=LAYOUT, le=INT64_MAX)]
+    stop: Annotated[int, pydantic.Field(ge=LAYOUT, le=INT64_MAX)]
     """Shards from `first` up to but without `stop`."""
-    host: str
-    pid: int
-    machine: str
+    host: Text
+    pid: Annotated[int, pydantic.Field(ge=1, le=INT32_MAX)]
+    machine: Text
     """Boot and process namespace: within one, a pid means the same process."""
     started_s: float
     """When that process started, which tells it from a later one of the same number."""
@@ -55,9 +61,14 @@ class Claim:
         return self.first < stop and first < self.stop
 
     @property
+    def is_here(self) -> bool:
+        """Whether its holder is a process that this one can see."""
+        return self.machine == _machine()
+
+    @property
     def is_dead(self) -> bool:
         """Whether its holder is known to be gone; False where that cannot be known."""
-        if self.machine != _machine():
+        if not self.is_here:
             return False
         try:
             process = psutil.Process(self.pid)
@@ -88,10 +99,13 @@ def holders(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None
     found = []
     for entry in entries:
         try:
-            claim = Claim(**json.loads(storage.read(entry.key)))
-        except (FileNotFoundError, ValueError, TypeError):
-            continue  # released meanwhile, or cut short by a crash: it expires
-        is_living = now - entry.modified_s < expiry_s and not claim.is_dead
+            content = storage.read(entry.key, most_bytes=_MOST_BYTES)
+            claim = parse(Claim, content, entry.key, "11.1")
+        except (FileNotFoundError, StoreFormatError):
+            continue  # released meanwhile, cut short by a crash, or no claim at all: it expires
+        age = now - entry.modified_s
+        # A clock that was set back makes every claim of before look as if it came from the future.
+        is_living = not claim.is_dead and (age < expiry_s if age > -expiry_s else claim.is_here)
         found.append(Holder(key=entry.key, claim=claim, touched_s=entry.modified_s, is_living=is_living))
     return found
 
@@ -112,8 +126,8 @@ def lease(
     tries: int = _TRIES,
     touch_s: float = TOUCH_S,
     expiry_s: float = EXPIRY_S,
-) -> Iterator[None]:
-    """Hold shards `first` to `stop - 1` while the block runs.
+) -> Iterator[Storage]:
+    """Hold shards `first` to `stop - 1` while the block runs; gives the storage to write through, which fails once the claim is lost.
 
     Args:
         wait: told once whom we wait for, then we do; without it somebody else's claim raises.
@@ -121,10 +135,11 @@ def lease(
 
     Raises:
         LeaseHeldError: somebody else is writing some of them.
+        LeaseLostError: from writes in the block: this process stood still, its claim ran out and another writer took over.
     """
-    key = f"{LEASES}/{secrets.token_hex(8)}.json"
+    claim = secrets.token_hex(8)
     own = Claim(
-        purpose=purpose,
+        purpose=purpose[:4096],
         first=first,
         stop=stop,
         host=socket.gethostname(),
@@ -137,79 +152,85 @@ def lease(
     def touch() -> None:
         while not done.wait(touch_s):
             with contextlib.suppress(OSError):  # the next touch may get through
-                _put(storage, key, own)
+                if not storage.touch(claim_key(claim)):
+                    return
 
     thread = threading.Thread(target=touch, name="lease", daemon=True)
     try:
-        _acquire(storage, key, own, wait, tries, expiry_s)
+        _acquire(storage, claim, own, wait, tries, expiry_s)
         thread.start()
-        yield
+        yield storage.fenced(claim)
     finally:
         done.set()
         if thread.is_alive():
             thread.join()
-        with contextlib.suppress(OSError):  # what the block raised matters more, and a claim without touch expires
-            storage.delete(key)
+        with contextlib.suppress(
+            OSError, StoreFormatError
+        ):  # what the block raised matters more, and a claim without touch expires
+            storage.delete(claim_key(claim))
+            storage.revoke_claim(claim)
 
 
 def sweep(storage: Storage, purpose: str) -> None:
-    """Remove what killed writers left in the staging folder; does nothing while another writer lives.
+    """Remove what killed writers left in the staging folder; does nothing while another writer lives."""
+    with contextlib.suppress(LeaseHeldError), lease(storage, *EVERYTHING, purpose, tries=1) as held:
+        sweep_held(held)
 
-    Holds the whole store meanwhile. Shards and stores are written under a lease, so their scratch folders are then nobody's; other
-    files may be on their way into place without one, and go when they are as old as a dead claim.
+
+def sweep_held(held: Storage) -> tuple[str, ...]:
+    """The same for who holds the whole store; returns what was removed.
+
+    Shards and stores are written under a lease, so what other claims left is nobody's; other files may be on their way into place
+    without one, and go when they are as old as a dead claim.
     """
-    with contextlib.suppress(LeaseHeldError), lease(storage, *EVERYTHING, purpose, tries=1):
-        entries = list(storage.entries(STAGING))
-        now = max(entry.modified_s for entry in entries)  # our own claim's
-        living = claims(storage, now_s=now)
-        for entry in entries:
-            name = PurePosixPath(entry.key).relative_to(STAGING).parts[0]
-            if name.startswith(_UNDER_LEASE) or (entry.key not in living and now - entry.modified_s > EXPIRY_S):
-                storage.delete(entry.key)
-        if isinstance(storage, Folder):
-            for folder in (storage.root / STAGING).iterdir():
-                if folder.is_dir() and folder.name.startswith(_UNDER_LEASE):
-                    shutil.rmtree(folder, ignore_errors=True)
+    own = f"{CLAIM}{held.claim}", f"{SCRATCH}{held.claim}", PurePosixPath(claim_key(str(held.claim))).name
+    entries = list(held.entries(STAGING))
+    now = max((entry.modified_s for entry in entries), default=0.0)  # our own claim's
+    removed = []
+    for entry in entries:
+        parts = PurePosixPath(entry.key).relative_to(STAGING).parts
+        if any(part.startswith(own) for part in parts):
+            continue
+        if parts[0].startswith(_UNDER_LEASE) or abs(now - entry.modified_s) > EXPIRY_S:
+            held.delete(entry.key)
+            removed.append(entry.key)
+    if isinstance(held, Folder):
+        for folder in (held.root / STAGING).iterdir():
+            if folder.is_dir() and folder.name.startswith(_UNDER_LEASE) and not folder.name.startswith(own):
+                held.delete_folder(f"{STAGING}/{folder.name}")
+    return tuple(removed)
 
 
 def _acquire(
-    storage: Storage, key: str, own: Claim, wait: Callable[[str], object] | None, most_tries: int, expiry_s: float
+    storage: Storage, claim: str, own: Claim, wait: Callable[[str], object] | None, most_tries: int, expiry_s: float
 ) -> None:
     """Claim first, then look: of two that come at once at least one sees the other and steps back."""
-    told, tries = False, 0
+    told, tries, key = False, 0, claim_key(claim)
     while True:
-        _put(storage, key, own)
+        storage.write(key, json.dumps(dataclasses.asdict(own)).encode(), replace=True)
         now = next((entry.modified_s for entry in storage.entries(LEASES) if entry.key == key), None)
-        living = claims(storage, expiry_s=expiry_s, now_s=now)
-        others = [claim for other, claim in living.items() if other != key and claim.overlaps(own.first, own.stop)]
+        found = [holder for holder in holders(storage, expiry_s=expiry_s, now_s=now) if holder.key != key]
+        others = [holder.claim for holder in found if holder.is_living and holder.claim.overlaps(own.first, own.stop)]
         if not others:
-            _clean(storage, living, key)
+            for holder in found:
+                if not holder.is_living and (holder.claim.is_dead or holder.claim.overlaps(own.first, own.stop)):
+                    storage.delete(holder.key)
+                    storage.revoke_claim(PurePosixPath(holder.key).stem)
+            storage.open_claim(claim)
             return
         storage.delete(key)
         tries += 1
-        holder = f"{others[0].purpose} (host {others[0].host}, pid {others[0].pid})"
+        who = f"{others[0].purpose} (host {others[0].host}, pid {others[0].pid})"
         if wait is not None:
             if not told:
-                wait(f"waiting for {holder}, which is at work on {storage.location}")
+                wait(f"waiting for {who}, which is at work on {storage.location}")
                 told = True
         elif tries >= most_tries:
             raise LeaseHeldError(
-                f"{own.purpose}: {holder} is writing the same shards of {storage.location}. Let it finish, or give each its part "
+                f"{own.purpose}: {who} is writing the same shards of {storage.location}. Let it finish, or give each its part "
                 f"with --task-range; if it was killed on another machine, its claim ends {expiry_s:.0f} s after its last sign of life"
             )
         time.sleep(random.uniform(0.1, 0.5))
-
-
-def _put(storage: Storage, key: str, claim: Claim) -> None:
-    storage.write(key, json.dumps(dataclasses.asdict(claim)).encode(), replace=True)
-
-
-def _clean(storage: Storage, living: dict[str, Claim], own: str) -> None:
-    for entry in list(storage.entries(LEASES)):
-        if entry.key not in living and entry.key != own:
-            with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-                if Claim(**json.loads(storage.read(entry.key))).is_dead:
-                    storage.delete(entry.key)
 
 
 def _machine() -> str:

@@ -8,19 +8,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import StringConstraints
 
-from kvstore.codec import KINDS, Codec, Kind, Quantizer, code_dim, codec_named, storage_dtype
+from kvstore.codec import KINDS, Codec, Kind, Quantizer, code_dim, codec_named, parse_codecs, storage_dtype
 from kvstore.errors import FingerprintMismatchError, StoreFormatError, StoreNotFoundError
-from kvstore.layout import Layout, RowBytes
-from kvstore.records import Difference, bytes_sha256, differences, fingerprint, read_sealed, write_sealed
-from kvstore.spec import Dtype, KVSpec, LayerSpec
-from kvstore.storage import Storage
+from kvstore.layout import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Layout, RowBytes
+from kvstore.provenance import AlignmentRecord, DataRecord, RunRecord, SignalRecord
+from kvstore.records import (
+    INT64_MAX,
+    STRICT,
+    Difference,
+    FileName,
+    Sha256,
+    StoreKey,
+    bytes_sha256,
+    differences,
+    fingerprint,
+    parse,
+    unseal,
+    write_sealed,
+)
+from kvstore.spec import Dim, Dtype, KVSpec, LayerNumber, LayerSpec
+from kvstore.storage import MAX_RECORD_BYTES, Storage
 
 SCHEMA_VERSION = 1
+TokenArrayName = Annotated[str, StringConstraints(pattern=r"^(input_ids|role|loss_mask|kv_mask)$")]
 MANIFEST = "manifest.json"
 ARRAYS = "kv.zarr"
 COMMITS = "commits"
@@ -35,13 +51,15 @@ PROGRESS = "progress"
 class Group:
     """Layers that share their arrays: equal geometry, codec and storage dtype."""
 
-    path: str
+    __pydantic_config__ = STRICT
+
+    path: Annotated[str, StringConstraints(pattern=r"^(group_[1-9][0-9]{0,4})?$")]
     """Zarr group inside kv.zarr: '' for the root, else 'group_1' and so on."""
-    layers: tuple[int, ...]
+    layers: tuple[LayerNumber, ...]
     """The teacher's layer numbers; the position is the slot."""
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
+    num_kv_heads: Dim
+    key_dim: Dim
+    value_dim: Dim
     codec: str
     dtype: Dtype
 
@@ -102,6 +120,8 @@ def plan_groups(spec: KVSpec, codecs: Mapping[int, Codec]) -> tuple[Group, ...]:
 class Manifest:
     """Immutable identity of a store; `manifest.json` holds it sealed with its own sha256."""
 
+    __pydantic_config__ = STRICT
+
     spec: KVSpec
     """What is stored: a baked store has the student's geometry under the teacher's layer numbers."""
     teacher: KVSpec
@@ -110,15 +130,15 @@ class Manifest:
     groups: tuple[Group, ...]
     alignment: dict[str, Any] | None
     """Record of `pipeline.align.Alignment`, None where no student was named."""
-    token_arrays: tuple[str, ...]
+    token_arrays: tuple[TokenArrayName, ...]
     """Names of the arrays with one number a token: `input_ids` first, and those of `arrays.TOKEN_ARRAYS` this store has beside it."""
-    calibration: str | None
+    calibration: Sha256 | None
     """sha256 over the mean and step arrays; None for raw."""
-    metadata: dict[str, str]
+    metadata: dict[StoreKey, Sha256]
     """Fingerprint of every zarr.json by its path inside kv.zarr (`arrays.metadata_fingerprint`)."""
-    tokenizer: dict[str, str]
+    tokenizer: dict[FileName, Sha256]
     """sha256 of every file in tokenizer/ by name."""
-    projection: dict[str, str] = dataclasses.field(default_factory=dict)
+    projection: dict[FileName, Sha256] = dataclasses.field(default_factory=dict)
     """The same of projection/: the fitted maps a baked store was made with; empty where nothing was fitted."""
     signal: dict[str, Any]
     """Everything that shapes the numbers: weights, tokenizer, codec, alignment, layers, dtype."""
@@ -127,9 +147,9 @@ class Manifest:
     runs: list[dict[str, Any]]
     """How the parts of the data were made, from `first_part` on: the settings of an extraction and how far it read the data, or the
     stores that were merged or recoded; `complete` when no part of a run is still to come."""
-    created: str
+    created: Annotated[str, StringConstraints(max_length=100)]
     """UTC time, ISO 8601."""
-    kvpipe_version: str
+    kvpipe_version: Annotated[str, StringConstraints(max_length=100)]
 
     @property
     def signal_fingerprint(self) -> str:
@@ -143,6 +163,11 @@ class Manifest:
     def fingerprint(self) -> str:
         """Identity of the whole store: what a checkpoint of a student remembers."""
         return fingerprint([self.signal_fingerprint, self.data_fingerprint])
+
+    @property
+    def data_parts(self) -> list[dict[str, Any]]:
+        """The parts of the data in the order they were added (FORMAT.md 10.1)."""
+        return list(self.data.get("parts", ()))
 
     @property
     def is_response_only(self) -> bool:
@@ -196,37 +221,130 @@ class Manifest:
         """Parse a manifest.
 
         Raises:
-            StoreFormatError: another schema version, a missing field, or fingerprints that do not fit their fields.
+            StoreFormatError: another schema version, fields that are missing or of another type or range, fingerprints that do not fit
+                their fields, or fields that contradict each other; all contradictions are named.
         """
         version = record.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION or isinstance(version, bool):
             raise StoreFormatError(
-                f"schema_version: got {version!r}, expected {SCHEMA_VERSION} ({where}); use the kvpipe that wrote it"
+                f"schema_version: got {version!r:.80}, expected {SCHEMA_VERSION} ({where}); use the kvpipe that wrote it"
             )
-        try:
-            manifest = cls(
-                spec=KVSpec.from_json(record["spec"]),
-                teacher=KVSpec.from_json(record["teacher"]),
-                layout=Layout(**record["layout"]),
-                groups=tuple(Group(**{**group, "layers": tuple(group["layers"])}) for group in record["groups"]),
-                token_arrays=tuple(record["token_arrays"]),
-                projection=record.get("projection", {}),
-                **{name: record[name] for name in _PLAIN_FIELDS},
-            )
-            fingerprints = cast(dict[str, str], record["fingerprints"])
-        except (KeyError, TypeError) as error:
-            raise StoreFormatError(f"{where}: {error!r}; expected the fields of FORMAT.md 2") from error
-        if manifest.is_response_only and "loss_mask" not in manifest.token_arrays:
-            raise StoreFormatError(
-                f"{where}: response_only without a loss_mask among token_arrays; it was changed (FORMAT.md 3.13)"
-            )
+        fields = {name: value for name, value in record.items() if name not in ("schema_version", "fingerprints")}
+        manifest = parse(cls, fields, where, "2")
+        parse(SignalRecord, manifest.signal, f"{where}: signal", "2.4")
+        parse(DataRecord, manifest.data, f"{where}: data", "10.1")
+        parse(list[RunRecord], manifest.runs, f"{where}: runs", "10.6")
+        if manifest.alignment is not None:
+            parse(AlignmentRecord, manifest.alignment, f"{where}: alignment", "2")
         expected = {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint}
-        if fingerprints != expected:
-            raise StoreFormatError(f"fingerprints: got {fingerprints}, expected {expected} from the fields ({where})")
+        if (got := record.get("fingerprints")) != expected:
+            raise StoreFormatError(f"fingerprints: got {got!r:.200}, expected {expected} from the fields ({where})")
+        if found := list(_contradictions(manifest)):
+            raise StoreFormatError(f"{where}: {'; '.join(found[:_MOST_NAMED])}; it was changed")
         return manifest
 
 
-_PLAIN_FIELDS = (*("alignment", "calibration", "metadata", "tokenizer", "signal", "data", "runs", "created", "kvpipe_version"),)
+_MOST_NAMED = 5
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """What one field of a manifest says against another."""
+    if manifest.is_response_only and "loss_mask" not in manifest.token_arrays:
+        yield "response_only without a loss_mask among token_arrays (FORMAT.md 3.13)"
+    if manifest.token_arrays[:1] != ("input_ids",) or len(set(manifest.token_arrays)) < len(manifest.token_arrays):
+        yield f"token_arrays: got {list(manifest.token_arrays)}, expected input_ids first and each once (FORMAT.md 3.12)"
+    yield from _layout_contradictions(manifest.layout)
+    yield from _spec_contradictions("spec", manifest.spec)
+    yield from _spec_contradictions("teacher", manifest.teacher)
+    if strangers := set(manifest.spec.layer_numbers) - set(manifest.teacher.layer_numbers):
+        yield f"spec: layers {sorted(strangers)} are none of the teacher's"
+    elif not (manifest.alignment or {}).get("baked") and manifest.teacher.select(manifest.spec.layer_numbers) != manifest.spec:
+        yield "spec: not the teacher's layers, although nothing is baked"
+    yield from _group_contradictions(manifest)
+    yield from _signal_contradictions(manifest)
+    yield from _data_contradictions(manifest)
+
+
+def _layout_contradictions(layout: Layout) -> Iterator[str]:
+    chunk = layout.chunk_tokens
+    if chunk & (chunk - 1) or not MIN_CHUNK_TOKENS <= chunk <= MAX_CHUNK_TOKENS:
+        yield f"layout.chunk_tokens: got {chunk}, expected a power of two from {MIN_CHUNK_TOKENS} to {MAX_CHUNK_TOKENS} (FORMAT.md 3.10)"
+    if layout.shard_tokens % chunk:
+        yield f"layout.shard_tokens: got {layout.shard_tokens}, expected a multiple of {chunk} (FORMAT.md 3.10)"
+    if layout.num_tokens > INT64_MAX // 2**8:
+        yield f"layout.num_shards: got {layout.num_shards} of {layout.shard_tokens} tokens, more than fit an axis"
+
+
+def _spec_contradictions(name: str, spec: KVSpec) -> Iterator[str]:
+    if not spec.layers:
+        yield f"{name}: no layers"
+    for layer in spec.layers:
+        rope = spec.rope_of(layer.layer)
+        dim = layer.value_dim if layer.latent else layer.key_dim
+        if rope is not None and rope.start + rope.rotary_dim > dim:
+            yield f"{name}: layer {layer.layer} rotates channels {rope.start} to {rope.start + rope.rotary_dim} of {dim}"
+
+
+def _group_contradictions(manifest: Manifest) -> Iterator[str]:
+    """Groups follow from the spec and a codec for each layer."""
+    try:
+        chosen = {layer: codec_named(group.codec) for group in manifest.groups for layer in group.layers}
+        same = chosen.keys() == set(manifest.spec.layer_numbers) and plan_groups(manifest.spec, chosen) == manifest.groups
+    except ValueError as error:
+        yield f"groups: {error}"
+        return
+    if not same:
+        yield "groups: not those that the layers of spec and their codecs make (FORMAT.md 3.9)"
+        return
+    if any(group.quantizer(kind) for group in manifest.groups for kind in KINDS) != (manifest.calibration is not None):
+        yield "calibration: there is one exactly where a group is quantised (FORMAT.md 2.5)"
+    expected = _metadata_keys(manifest)
+    if manifest.metadata.keys() != expected:
+        yield f"metadata: expected the zarr.json of {', '.join(sorted(expected ^ manifest.metadata.keys())[:3])} and no others"
+
+
+def _metadata_keys(manifest: Manifest) -> set[str]:
+    """Every zarr.json inside kv.zarr."""
+    keys = {"zarr.json", *(f"{name}/zarr.json" for name in manifest.token_arrays)}
+    for group in manifest.groups:
+        names = ["layer", *(group.array(kind) for kind in KINDS)]
+        names += [f"{kind}_{statistic}" for kind in KINDS if group.quantizer(kind) for statistic in ("mean", "step")]
+        keys |= {f"{group.path}/{name}/zarr.json".lstrip("/") for name in names} | {f"{group.path}/zarr.json".lstrip("/")}
+    return keys
+
+
+def _signal_contradictions(manifest: Manifest) -> Iterator[str]:
+    """The commits name the signal's fingerprint, so what it says of the numbers holds for every shard."""
+    signal = manifest.signal
+    codecs = {layer: codec_named(group.codec).name for group in manifest.groups for layer in group.layers}
+    try:
+        named = {layer: codec.name for layer, codec in parse_codecs(signal["codec"], manifest.spec.layer_numbers).items()}
+    except ValueError as error:
+        yield f"signal.codec: {error}"
+        return
+    if named != codecs:
+        yield f"signal.codec: got {signal['codec']!r:.80}, but the groups are of other codecs"
+    if "spec" in signal and parse(KVSpec, signal["spec"], "signal.spec", "2") != manifest.spec:
+        yield "signal.spec: not the spec"
+    for name in ("alignment", "calibration"):
+        if name in signal and signal[name] != getattr(manifest, name):
+            yield f"signal.{name}: not what the manifest has as {name}"
+
+
+def _data_contradictions(manifest: Manifest) -> Iterator[str]:
+    parts, shards = manifest.data_parts, 0
+    for number, part in enumerate(parts):
+        if part["first_shard"] != shards:
+            yield f"data.parts[{number}].first_shard: got {part['first_shard']}, expected {shards} (FORMAT.md 10.1)"
+        shards = part["first_shard"] + part["num_shards"]
+    if parts and shards != manifest.layout.num_shards:
+        yield f"data.parts: have {shards} shards, layout.num_shards says {manifest.layout.num_shards} (FORMAT.md 10.1)"
+    first = [run["first_part"] for run in manifest.runs]
+    if first != sorted(set(first)) or bool(parts) != bool(first) or (first and (first[0] or first[-1] >= len(parts))):
+        yield f"runs: begin with parts {first[:8]}, expected increasing numbers from 0 to below {len(parts)} (FORMAT.md 10.6)"
+    for run, stop in zip(manifest.runs, [*first[1:], len(parts)], strict=True):
+        if "windows" in run and len(run["windows"]) != stop - run["first_part"]:
+            yield f"runs: {len(run['windows'])} windows for parts {run['first_part']} to {stop - 1} (FORMAT.md 10.6)"
 
 
 def read_manifest(storage: Storage) -> Manifest:
@@ -238,12 +356,12 @@ def read_manifest(storage: Storage) -> Manifest:
     """
     where = storage.location
     try:
-        record = read_sealed(storage, MANIFEST)
+        record = unseal(storage, MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFoundError(
             f"no store at {where}: {MANIFEST} is missing; make one with 'kvpipe extract --teacher T --data D --out {where}'"
         ) from None
-    return Manifest.from_json(record, f"{where}/{MANIFEST}")
+    return Manifest.from_json(record.body, record.where)
 
 
 def read_beside(storage: Storage, folder: str, expected: Mapping[str, str]) -> dict[str, bytes]:
@@ -258,7 +376,7 @@ def read_beside(storage: Storage, folder: str, expected: Mapping[str, str]) -> d
     files = {}
     for name, sha256 in expected.items():
         with contextlib.suppress(FileNotFoundError):
-            files[name] = storage.read(f"{folder}/{name}")
+            files[name] = storage.read(f"{folder}/{name}", most_bytes=MAX_RECORD_BYTES)
         actual = bytes_sha256(files[name]) if name in files else "nothing"
         if actual != sha256:
             raise StoreFormatError(

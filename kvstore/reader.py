@@ -33,13 +33,15 @@ from kvstore.arrays import (
 from kvstore.batches import CodeBatch, KVBatch
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
-from kvstore.commits import Commit, read_commit, token_crc32c
-from kvstore.errors import CorruptShardError, StoreFormatError
+from kvstore.commits import Commit, contradictions, read_commit, token_crc32c
+from kvstore.errors import CorruptShardError, KVStoreError, StoreFormatError
 from kvstore.manifest import MANIFEST, PROJECTION, TOKENIZER, Group, Manifest, read_beside, read_manifest
 from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
 from kvstore.storage import Folder, Storage, locate
+
+_SMALL_BYTES = 2**26
 
 
 class Store:
@@ -57,12 +59,7 @@ class Store:
         # Commits first: a manifest read after them knows all their shards, whoever extends the store meanwhile.
         self.samples = SampleTable(self.storage, commits)
         self.manifest: Manifest = read_manifest(self.storage)
-        beyond = [shard for shard in self.samples.summary["shard"].to_pylist() if shard >= self.manifest.layout.num_shards]
-        if beyond:
-            raise StoreFormatError(
-                f"shard {', '.join(map(str, beyond[:5]))}: committed, but the manifest has {self.manifest.layout.num_shards} shards "
-                f"({self.location}); the manifest is older than the data, or a record strayed in. See 'kvpipe verify'"
-            )
+        self.samples.refuse_outside(self.manifest.layout)
         self._arrays: dict[str, ts.TensorStore] = {}
         self._verified: set[int] = set()
         self._process = os.getpid()
@@ -106,9 +103,9 @@ class Store:
         return self._beside(PROJECTION, self.manifest.projection)
 
     def _beside(self, name: str, expected: Mapping[str, str]) -> Path:
-        """A folder of the store, every file of it compared with the manifest."""
+        """A folder with the files the manifest lists, each compared with it, and no others: a reader would take them for the store's."""
         files = read_beside(self.storage, name, expected)
-        if isinstance(self.storage, Folder):
+        if isinstance(self.storage, Folder) and {path.name for path in (self.storage.root / name).iterdir()} == files.keys():
             return self.storage.root / name
         folder = Path(tempfile.mkdtemp(prefix=f"kvpipe-{name}-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -131,7 +128,15 @@ class Store:
             RuntimeError: this process was forked after the store was opened.
         """
         wanted = self.spec.layer_numbers if layers is None else tuple(layers)
-        batch = self.read_codes(sample_indices, wanted)
+        return self.decode(self.read_codes(sample_indices, wanted), wanted)
+
+    def decode(self, batch: CodeBatch, layers: Sequence[int]) -> KVBatch:
+        """The float32 values of what `read_codes` gave for the same layers.
+
+        Raises:
+            ValueError: layers of different head dims, which fit no one array.
+        """
+        wanted = tuple(layers)
         return KVBatch(
             layers=wanted,
             key=self._assemble("key", wanted, batch.codes, len(batch.input_ids)),
@@ -212,6 +217,7 @@ class Store:
     ) -> tuple[dict[tuple[str, Kind], np.ndarray], dict[str, np.ndarray]]:
         """Codes by group and kind, and the numbers of each token by array; ValueError is all that tensorstore raises."""
         spans = [(int(self.samples.token_start[i]), int(self.samples.num_tokens[i])) for i in indices]
+        self._refuse_too_large(spans, slots)
         with ts.Batch() as batch:  # chunks of one shard are fetched together
             pending = {
                 (group.path, kind): self._request(array_key(group, group.array(kind)), spans, rows, batch)
@@ -221,6 +227,20 @@ class Store:
             beside = {name: self._request(name, spans, None, batch) for name in self.manifest.token_arrays}
         codes = {where: np.asarray(future.result()) for where, future in pending.items()}
         return codes, {name: np.asarray(future.result(), dtype=TOKEN_ARRAYS[name].dtype) for name, future in beside.items()}
+
+    def _refuse_too_large(self, spans: Sequence[tuple[int, int]], slots: Sequence[tuple[Group, list[int]]]) -> None:
+        """Refuse what memory cannot hold before a native library, which would end the process, is asked for it."""
+        tokens = sum(length for _, length in spans)
+        wanted = tokens * sum(group.row_bytes.layer * 2 * len(rows) for group, rows in slots)
+        if wanted < _SMALL_BYTES:
+            return
+        try:
+            np.empty(wanted, dtype=np.uint8)
+        except (MemoryError, ValueError) as error:
+            raise KVStoreError(
+                f"{len(spans)} samples of {tokens:,} tokens: {wanted / 1e9:.3g} GB in {sum(len(rows) for _, rows in slots)} layers, more than "
+                f"there is memory ({self.location}); read fewer samples or layers at a time"
+            ) from error
 
     def _request(
         self, array: str, spans: Sequence[tuple[int, int]], slots: list[int] | None, batch: ts.Batch | None = None
@@ -282,18 +302,13 @@ class Store:
             CorruptShardError: a file is missing, truncated or foreign.
         """
         commit = read_commit(self.storage, shard)
-        if commit.signal != self.manifest.signal_fingerprint:
+        for message, _ in contradictions(self.manifest, commit):
             raise CorruptShardError(
-                f"shard {shard}: committed for signal {commit.signal[:12]}, the store is "
-                f"{self.manifest.signal_fingerprint[:12]} ({self.location}); the shard is of another run, extract again"
+                f"{message} ({self.location}); the manifest and the shards are of different stores, or it was changed"
             )
+        self._refuse_other_rows(commit)
         expected = {shard_key(array, shard): index_bytes(self.manifest, array) for array in array_keys(self.manifest)}
         listed = {stored.path: stored for stored in commit.objects}
-        if listed.keys() != expected.keys():
-            raise CorruptShardError(
-                f"shard {shard}: its commit record lists {sorted(listed)}, expected {sorted(expected)} ({self.location}); the "
-                "manifest and the shards are of different stores"
-            )
         for path, stored in listed.items():
             size = self.storage.size(path)
             if size != stored.size_bytes:
@@ -307,6 +322,19 @@ class Store:
                     "shard or of an older run, restore it or 'kvpipe repair'"
                 )
         self._verified.add(shard)
+
+    def _refuse_other_rows(self, commit: Commit) -> None:
+        """The sample tables are copies; the record is the truth."""
+        first, last = self.samples.rows_of_shard(commit.shard)
+        rows = sorted(commit.samples, key=lambda row: row.token_start)
+        for name in ("token_start", "num_tokens", "crc32c", "stored_count"):
+            told = getattr(self.samples, name)[first:last].tolist()
+            meant = [getattr(row, name.removeprefix("stored_")) for row in rows]
+            if told != meant:
+                raise StoreFormatError(
+                    f"shard {commit.shard}: {name} of its samples is {told[:4]} in the sample tables and {meant[:4]} in its commit record "
+                    f"({self.location}); 'kvpipe repair' rebuilds the tables"
+                )
 
     def _verify_tokens(self, indices: Sequence[int], input_ids: np.ndarray, cu_seqlens: np.ndarray) -> None:
         for position, index in enumerate(indices):

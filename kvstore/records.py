@@ -1,15 +1,41 @@
-"""Small JSON records: canonical form, fingerprints, differences, and seals that show any change. Knows not what they mean."""
+"""Small JSON records: canonical form, fingerprints, differences, seals that show any change, and parsing into typed, bounded values.
+
+A seal proves that a record is whole, not who wrote it: everything read from a store passes `parse`, which refuses fields of another
+type or range. Knows how records are checked, not what they mean.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import pydantic
 
 from kvstore.errors import StoreFormatError
-from kvstore.storage import Storage
+from kvstore.storage import MAX_RECORD_BYTES, Storage
+
+Record = TypeVar("Record")
+
+STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""For `__pydantic_config__` of every record: no field of another type, none that is unknown, no NaN."""
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+Sha256 = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""In hex."""
+FileName = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+@=, -]{0,199}$")]
+"""A plain name inside one folder: no separator, no drive, no control character, and not hidden."""
+StoreKey = Annotated[
+    str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$", max_length=1000)
+]
+"""Path of a file relative to the store: no `..`, nothing absolute, nothing hidden."""
+Count = Annotated[int, pydantic.Field(ge=1, le=INT32_MAX)]
+Natural = Annotated[int, pydantic.Field(ge=0, le=INT32_MAX)]
+Size = Annotated[int, pydantic.Field(ge=0, le=INT64_MAX)]
+
+_MOST_SHOWN = 5
 
 
 class Difference(NamedTuple):
@@ -24,7 +50,7 @@ class Difference(NamedTuple):
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
+    text = json.dumps(value, sort_keys=True, default=repr)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
@@ -55,6 +81,71 @@ def differences(got: Any, expected: Any, field: str = "") -> Iterator[Difference
         yield Difference(field, got, expected)
 
 
+def parse_json(content: str | bytes, where: str) -> Any:
+    """JSON of unknown origin as plain values.
+
+    Raises:
+        StoreFormatError: it is no JSON, nested too deep, or holds a number without an end.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise StoreFormatError(f"{where}: not a JSON record ({_reason(error)}); it is truncated or damaged") from error
+
+
+def parse(kind: type[Record], content: str | bytes | Mapping[str, Any] | list[Any], where: str, fields: str = "") -> Record:
+    """Turn JSON of unknown origin, or plain values from it, into a typed value.
+
+    Args:
+        kind: a dataclass or TypedDict whose `__pydantic_config__` is `STRICT`, or a type made of such.
+        fields: section of FORMAT.md that lists the fields, for the message.
+
+    Raises:
+        StoreFormatError: fields are missing, unknown, of another type or out of range; each is named with its place.
+    """
+    try:
+        text = content if isinstance(content, (str, bytes)) else canonical_json(content)
+        value: Record = _adapter(kind).validate_json(text)  # type: ignore[arg-type]  # types are hashable
+        return value
+    except pydantic.ValidationError as error:
+        raise StoreFormatError(f"{where}: {_listed(error)}{f' (FORMAT.md {fields})' if fields else ''}") from error
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise StoreFormatError(f"{where}: {_reason(error)}{f' (FORMAT.md {fields})' if fields else ''}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
+def _listed(error: pydantic.ValidationError) -> str:
+    found = error.errors(include_url=False, include_context=False)
+    shown = [f"{_place(one['loc'])}{_message(one['type'], one['msg'], one['input'])}" for one in found[:_MOST_SHOWN]]
+    return "; ".join(shown) + (f"; and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else "")
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    return f"{path[:200]}: " if path else ""
+
+
+def _message(kind: str, message: str, value: Any) -> str:
+    if kind == "missing":
+        return "is missing"
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return "unknown field; the store is of a later kvpipe or was changed"
+    expected = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"got {repr(value)[:80]}, expected {expected}"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    return str(error)[:300]
+
+
 def write_sealed(storage: Storage, key: str, body: Mapping[str, Any]) -> None:
     """Write a record with its own sha256, replacing the file at once or not at all."""
     storage.write(key, _sealed(body), replace=True)
@@ -65,24 +156,45 @@ def create_sealed(storage: Storage, key: str, body: Mapping[str, Any]) -> bool:
     return storage.write(key, _sealed(body), replace=False)
 
 
-def read_sealed(storage: Storage, key: str) -> dict[str, Any]:
+class Sealed(NamedTuple):
+    """A record whose seal fits; its fields are not checked yet."""
+
+    body: dict[str, Any]
+    text: str
+    """Canonical JSON of `body`."""
+    sha256: str
+    where: str
+
+    def parse(self, kind: type[Record], fields: str = "") -> Record:
+        """The record as a typed value; arguments and errors are those of `records.parse`."""
+        return parse(kind, self.text, self.where, fields)
+
+
+def unseal(storage: Storage, key: str) -> Sealed:
     """Read a sealed record and verify its sha256.
 
     Raises:
         FileNotFoundError: there is none.
-        StoreFormatError: not JSON, not sealed, or changed since it was written.
+        StoreFormatError: not a regular file, too large, not JSON, not sealed, or changed since it was written.
     """
     where = f"{storage.location}/{key}"
-    content = storage.read(key)
+    record = parse_json(storage.read(key, most_bytes=MAX_RECORD_BYTES), where)
     try:
-        record = json.loads(content)
         seal = record.pop("sha256")
-        actual = fingerprint(record)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StoreFormatError(f"{where}: not a sealed JSON record ({error!r}); it is truncated or damaged") from error
+        text = canonical_json(record)
+        actual = bytes_sha256(text.encode())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+        raise StoreFormatError(f"{where}: not a sealed JSON record ({error!r:.200}); it is truncated or damaged") from error
     if seal != actual:
-        raise StoreFormatError(f"{where}: sha256 of its content is {actual}, it says {seal}; it was changed or damaged")
-    return dict(record)
+        raise StoreFormatError(
+            f"{where}: sha256 of its content is {actual}, it says {str(seal)[:80]}; it was changed or damaged"
+        )
+    return Sealed(record, text, actual, where)
+
+
+def read_sealed(storage: Storage, key: str) -> dict[str, Any]:
+    """The fields of a sealed record as they are, unchecked; errors as of `unseal`."""
+    return unseal(storage, key).body
 
 
 def bytes_sha256(content: bytes | mmap.mmap) -> str:

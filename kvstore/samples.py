@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, UInt32
 
-from kvstore.commits import Commit, committed_shards, merge_fidelity, read_commit
+from kvstore.commits import Commit, committed_shards, contradictions, merge_fidelity, read_commit
 from kvstore.errors import KVStoreError, StoreFormatError
+from kvstore.layout import Layout
 from kvstore.manifest import SAMPLES, read_manifest
-from kvstore.records import bytes_sha256
+from kvstore.records import Sha256, bytes_sha256, parse
 from kvstore.repeats import read_repeats
-from kvstore.storage import Storage
+from kvstore.storage import MAX_RECORD_BYTES, Storage
 
 ROWS = pa.schema(
     [
@@ -49,11 +49,25 @@ SUMMARY = pa.schema(
 )
 COLUMN_DIGESTS = b"kvpipe.columns"
 HASH_DIGITS = 16
+_SUMMARY = re.compile(rf"{SAMPLES}/summary-(?P<part>[0-9a-f]{{{HASH_DIGITS}}})-(?P<own>[0-9a-f]{{{HASH_DIGITS}}})\.parquet")
+_PART = re.compile(rf"{SAMPLES}/part-(?P<own>[0-9a-f]{{{HASH_DIGITS}}})\.parquet")
+_MAY_BE_NULL = {"text"}
+_REMEDY = "'kvpipe repair' rebuilds it from commits/, and so does deleting the files in samples/ and extracting again"
+
+
+def is_summary(key: str) -> bool:
+    return _SUMMARY.fullmatch(key) is not None
+
+
+def is_part(key: str) -> bool:
+    return _PART.fullmatch(key) is not None
 
 
 def part_key(summary_key: str) -> str:
     """The part a summary belongs to: its name begins with the part's."""
-    return f"{SAMPLES}/part-{PurePosixPath(summary_key).name.split('-')[1]}.parquet"
+    match = _SUMMARY.fullmatch(summary_key)
+    assert match is not None
+    return f"{SAMPLES}/part-{match['part']}.parquet"
 
 
 def rows_of(commits: Iterable[Commit]) -> pa.Table:
@@ -94,57 +108,95 @@ def column_digest(column: pa.ChunkedArray) -> str:
     return digest.hexdigest()
 
 
-def _decode(content: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read parquet in this thread alone: threads of `read_table` may let go of our bytes while the interpreter ends, and abort it."""
-    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-    table = file.read(columns, use_threads=False)
-    return table if columns is None else table.select(columns)
+def _read_table(storage: Storage, key: str, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """Columns of a parquet file of unknown origin: its content proved by the hash in its name, its types and values by the schema.
+
+    Read in this thread alone: threads of `read_table` may let go of our bytes while the interpreter ends, and abort it.
+    """
+    where = f"{storage.location}/{key}"
+    match = _SUMMARY.fullmatch(key) or _PART.fullmatch(key)
+    assert match is not None
+    try:
+        content = storage.read(key, most_bytes=MAX_RECORD_BYTES)
+    except FileNotFoundError:
+        raise StoreFormatError(f"{where}: missing parquet; {_REMEDY}") from None
+    if not bytes_sha256(content).startswith(match["own"]):
+        raise StoreFormatError(f"{where}: its content does not hash to its name; damaged parquet. {_REMEDY}")
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        found = file.schema_arrow
+        if found.names != schema.names or found.types != schema.types:
+            raise StoreFormatError(f"got columns {found.names} of {[*map(str, found.types)]}, expected {_described(schema)}")
+        if file.metadata.num_rows > len(content):
+            raise StoreFormatError(f"got {file.metadata.num_rows:,} rows in {len(content):,} bytes")
+        table = file.read(columns, use_threads=False).select(columns)
+        table.validate(full=True)
+        if nulls := [name for name in columns if name not in _MAY_BE_NULL and table[name].null_count]:
+            raise StoreFormatError(f"nulls in {', '.join(nulls)}")
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+        raise StoreFormatError(f"{where}: missing or damaged parquet ({error}); {_REMEDY}") from error
+    return table.replace_schema_metadata(found.metadata)
 
 
-def read_parquet(storage: Storage, key: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a table, page checksums verified.
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
+
+
+def read_part(storage: Storage, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of samples, or some of their columns, page checksums verified.
+
+    Raises:
+        StoreFormatError: it is missing or damaged.
+    """
+    return _read_table(storage, key, ROWS, ROWS.names if columns is None else columns).replace_schema_metadata(None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One summary."""
+
+    shards: pa.Table
+    """With the schema `SUMMARY`."""
+    digests: dict[str, str]
+    """Of each column of its part."""
+
+
+def read_summary(storage: Storage, key: str) -> Summary:
+    """One summary, by its key.
 
     Raises:
         StoreFormatError: it is missing or damaged.
     """
     where = f"{storage.location}/{key}"
-    try:
-        content = storage.read(key)
-    except FileNotFoundError:
-        content = b""
-    try:
-        return _decode(content, columns)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+    table = _read_table(storage, key, SUMMARY, SUMMARY.names)
+    digests = parse(
+        dict[str, Sha256], (table.schema.metadata or {}).get(COLUMN_DIGESTS, b""), f"{where}: kvpipe.columns", "6.6"
+    )
+    if digests.keys() != set(ROWS.names):
+        raise StoreFormatError(f"{where}: kvpipe.columns has {sorted(digests)}, expected {sorted(ROWS.names)}; {_REMEDY}")
+    shard, num_samples, num_tokens, stored_bytes = (table[name].to_numpy() for name in SUMMARY.names)
+    bad = (shard < 0) | (num_samples < 0) | (num_tokens < num_samples) | (stored_bytes < 0)
+    if bad.any() or len(np.unique(shard)) < len(shard):
+        row = int(bad.argmax())
         raise StoreFormatError(
-            f"{where}: missing or damaged parquet ({error}); 'kvpipe repair' rebuilds it from commits/, and so does deleting "
-            "the files in samples/ and extracting again"
-        ) from error
+            f"{where}: shard {shard[row]} has {num_samples[row]} samples, {num_tokens[row]} tokens and {stored_bytes[row]} bytes, or a shard "
+            f"stands twice; {_REMEDY}"
+        )
+    return Summary(shards=table.replace_schema_metadata(None), digests=digests)
 
 
-def read_summaries(storage: Storage) -> dict[str, pa.Table]:
-    """Every summary by its key, its content proved by the hash in its name."""
+def read_summaries(storage: Storage) -> dict[str, Summary]:
+    """Every summary by its key; errors as of `read_summary`."""
     keys = sorted(entry.key for entry in storage.entries(SAMPLES))
-    tables = {}
-    for key in keys:
-        name = PurePosixPath(key)
-        if not name.name.startswith("summary-"):
-            continue
-        content = storage.read(key)
-        if not name.stem.endswith(bytes_sha256(content)[:HASH_DIGITS]):
-            raise StoreFormatError(
-                f"{storage.location}/{key}: its content does not hash to its name; it is damaged. 'kvpipe repair' rebuilds it "
-                "from commits/"
-            )
-        tables[key] = _decode(content)
-    return tables
+    return {key: read_summary(storage, key) for key in keys if is_summary(key)}
 
 
 def listed_shards(storage: Storage) -> dict[int, tuple[int, int]]:
     """Tokens and stored bytes of the shards that are in a summary; those committed since are not among them."""
     return {
         row["shard"]: (row["num_tokens"], row["stored_bytes"])
-        for table in read_summaries(storage).values()
-        for row in table.to_pylist()
+        for summary in read_summaries(storage).values()
+        for row in summary.shards.to_pylist()
     }
 
 
@@ -171,7 +223,8 @@ class SampleTable:
         else:
             # In this order: a shard is committed before a summary lists it, and others may be writing.
             tables, committed, seen = read_summaries(storage), committed_shards(storage), set[int]()
-            for key, table in tables.items():
+            for key, summary in tables.items():
+                table = summary.shards
                 shards = set(table["shard"].to_pylist())
                 if lost := sorted(shards - committed):
                     raise StoreFormatError(
@@ -179,9 +232,9 @@ class SampleTable:
                         "record; it is lost. Restore it, or make it again with 'kvpipe repair'"
                     )
                 if fresh := shards - seen:
-                    self._parts[part_key(key)] = fresh, json.loads(table.schema.metadata[COLUMN_DIGESTS])
+                    self._parts[part_key(key)] = fresh, summary.digests
                     keep = pa.array([shard in fresh for shard in table["shard"].to_pylist()], pa.bool_())
-                    summaries.append(table.filter(keep).replace_schema_metadata(None))
+                    summaries.append(table.filter(keep))
                 seen |= shards
             self._loose = [read_commit(storage, shard) for shard in sorted(committed - seen)]
         self.summary: pa.Table = pa.concat_tables([*summaries, summary_of(self._loose)]).sort_by("shard")
@@ -190,26 +243,82 @@ class SampleTable:
     def __len__(self) -> int:
         return int(np.sum(self.summary["num_samples"].to_numpy()))
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        wanted = list(dict.fromkeys([*_ORDER, name]))
+    def refuse_outside(self, layout: Layout) -> None:
+        """Make sure that what the summaries say fits the shards.
+
+        Raises:
+            StoreFormatError: a shard that does not exist, or of more samples or tokens than it can hold.
+        """
+        shard, num_samples, num_tokens, _ = (self.summary[name].to_numpy() for name in SUMMARY.names)
+        if len(beyond := shard[shard >= layout.num_shards]):
+            raise StoreFormatError(
+                f"shard {', '.join(map(str, beyond[:5]))}: committed, but the manifest has {layout.num_shards} shards "
+                f"({self._storage.location}); the manifest is older than the data, or a record strayed in. See 'kvpipe verify'"
+            )
+        most = layout.shard_tokens // layout.chunk_tokens
+        full = (num_samples > most) | (num_tokens > layout.shard_tokens)
+        if full.any():
+            row = int(full.argmax())
+            raise StoreFormatError(
+                f"shard {shard[row]}: {num_samples[row]} samples of {num_tokens[row]} tokens, expected at most {most} of {layout.shard_tokens} "
+                f"({self._storage.location}); {_REMEDY}"
+            )
+
+    def rows_of_shard(self, shard: int) -> tuple[int, int]:
+        """First sample of a shard, and the one after its last."""
+        first, last = np.searchsorted(self.shard, [shard, shard + 1])
+        return int(first), int(last)
+
+    def _columns(self, names: Sequence[str]) -> pa.Table:
+        """Columns in order of shard and position, compared with the digests and numbers of the summaries."""
+        wanted = list(dict.fromkeys([*_ORDER, *names]))
         tables = [rows_of(self._loose).select(wanted)]
         for key, (shards, digests) in self._parts.items():
-            table = read_parquet(self._storage, key, wanted)
+            table = read_part(self._storage, key, wanted)
             for column in wanted:
-                same_type = table.schema.field(column).type == ROWS.field(column).type
-                if not same_type or column_digest(table[column]) != digests[column]:
+                if column_digest(table[column]) != digests[column]:
                     raise StoreFormatError(
-                        f"{self._storage.location}/{key}: column {column!r} is not what its summary says; it is damaged. 'kvpipe "
-                        "repair' rebuilds it from commits/"
+                        f"{self._storage.location}/{key}: column {column!r} is not what its summary says; it is damaged. {_REMEDY}"
                     )
             tables.append(table.filter(pa.array(np.isin(table["shard"].to_numpy(), list(shards)))))
-        column = pa.concat_tables(tables).sort_by([("shard", "ascending"), ("token_start", "ascending")])[name]
-        if len(column) != len(self):
+        table = pa.concat_tables(tables).sort_by([("shard", "ascending"), ("token_start", "ascending")])
+        if len(table) != len(self):
             raise StoreFormatError(
-                f"{self._storage.location}/{SAMPLES}: {len(column)} rows, the summaries say {len(self)}; 'kvpipe repair' rebuilds "
-                "them from commits/"
+                f"{self._storage.location}/{SAMPLES}: {len(table)} rows, the summaries say {len(self)}; {_REMEDY}"
             )
-        return column
+        return table
+
+    @cached_property
+    def _numbers(self) -> dict[str, np.ndarray]:
+        """Every column of numbers: each sample in its shard, none over another, and as many as the summaries say."""
+        table, layout = self._columns(_NUMBERS), read_manifest(self._storage).layout
+        columns = {name: np.ascontiguousarray(table[name].to_numpy()) for name in _NUMBERS}
+        shard, start = columns["shard"].astype(np.int64), columns["token_start"]
+        stop = start + columns["num_tokens"]
+        first = shard * layout.shard_tokens
+        free = np.concatenate([[0], -(-stop[:-1] // layout.chunk_tokens) * layout.chunk_tokens])
+        free = np.where(np.concatenate([[True], shard[1:] != shard[:-1]]), first, free)[: len(shard)]
+        bad = (start % layout.chunk_tokens != 0) | (start < free) | (stop > first + layout.shard_tokens)
+        bad |= (columns["num_tokens"] < 1) | (columns["count"] < 1)
+        if bad.any():
+            row = int(bad.argmax())
+            raise StoreFormatError(
+                f"shard {shard[row]}, sample {row}: rows {start[row]} to {stop[row]}, counted {columns['count'][row]} times; it overlaps "
+                f"another sample, leaves the shard or has no count ({self._storage.location}). {_REMEDY}"
+            )
+        bounds = np.searchsorted(shard, self.summary["shard"].to_numpy(), side="left"), len(shard)
+        ends = np.append(bounds[0][1:], bounds[1]) if len(bounds[0]) else bounds[0]
+        total = np.concatenate([[0], np.cumsum(columns["num_tokens"], dtype=np.int64)])
+        found = {"num_samples": ends - bounds[0], "num_tokens": total[ends] - total[bounds[0]]}
+        for name, numbers in found.items():
+            differs = numbers != self.summary[name].to_numpy()
+            if differs.any():
+                row = int(differs.argmax())
+                raise StoreFormatError(
+                    f"shard {self.summary['shard'][row]}: its summary says {name} {self.summary[name][row]}, its samples have {numbers[row]} "
+                    f"({self._storage.location}). {_REMEDY}"
+                )
+        return columns
 
     @cached_property
     def ids(self) -> list[str]:
@@ -218,7 +327,10 @@ class SampleTable:
         Raises:
             StoreFormatError: an id stands twice: a sample is stored once.
         """
-        ids = list(self._column("id").to_pylist())
+        column = self._columns(["id"])["id"]
+        if not pc.all(pc.match_substring_regex(column, "^[0-9a-f]{64}$"), min_count=0).as_py():
+            raise StoreFormatError(f"{self._storage.location}/{SAMPLES}: an id is no sha256 in hex (FORMAT.md 5.3); {_REMEDY}")
+        ids = list(column.to_pylist())
         if len(set(ids)) < len(ids):
             (twice, _), *_ = Counter(ids).most_common(1)
             where = [int(self.shard[index]) for index, identity in enumerate(ids) if identity == twice]
@@ -230,34 +342,39 @@ class SampleTable:
 
     @cached_property
     def source(self) -> list[str]:
-        return list(self._column("source").to_pylist())
+        return list(self._columns(["source"])["source"].to_pylist())
 
     @cached_property
     def text(self) -> list[str | None]:
-        return list(self._column("text").to_pylist())
+        return list(self._columns(["text"])["text"].to_pylist())
 
     @cached_property
     def shard(self) -> Int32[np.ndarray, "sample"]:
-        return np.asarray(self._column("shard").to_numpy())
+        return self._numbers["shard"]
 
     @cached_property
     def token_start(self) -> Int64[np.ndarray, "sample"]:
-        return np.asarray(self._column("token_start").to_numpy())
+        return self._numbers["token_start"]
 
     @cached_property
     def num_tokens(self) -> Int32[np.ndarray, "sample"]:
-        return np.asarray(self._column("num_tokens").to_numpy())
+        return self._numbers["num_tokens"]
 
     @cached_property
     def crc32c(self) -> UInt32[np.ndarray, "sample"]:
-        return np.asarray(self._column("crc32c").to_numpy())
+        return self._numbers["crc32c"]
 
     @cached_property
-    def count(self) -> Int32[np.ndarray, "sample"]:
+    def stored_count(self) -> Int32[np.ndarray, "sample"]:
+        """How often the part of the data that stored it had each sample."""
+        return self._numbers["count"]
+
+    @cached_property
+    def count(self) -> Int64[np.ndarray, "sample"]:
         """How often the data had each sample, over all parts of it."""
-        count = np.array(self._column("count").to_numpy())
+        count = self.stored_count.astype(np.int64)
         if repeats := read_repeats(self._storage, read_manifest(self._storage)):
-            count += np.array([repeats.get(identity, 0) for identity in self.ids], dtype=count.dtype)
+            count += np.array([repeats.get(identity, 0) for identity in self.ids], dtype=np.int64)
         return count
 
     def fidelity(self) -> dict[str, Any]:
@@ -269,7 +386,13 @@ class SampleTable:
         shards = self.summary["shard"].to_pylist()
         if not shards:
             raise KVStoreError(f"{self._storage.location}: no shard is committed yet, so no fidelity is known")
-        return merge_fidelity([read_commit(self._storage, shard) for shard in shards])
+        manifest = read_manifest(self._storage)
+        commits = [read_commit(self._storage, shard) for shard in shards]
+        for commit in commits:
+            for message, _ in contradictions(manifest, commit):
+                raise StoreFormatError(f"{message} ({self._storage.location}); see 'kvpipe verify'")
+        return merge_fidelity(commits)
 
 
 _ORDER = ["shard", "token_start"]
+_NUMBERS = ["shard", "token_start", "num_tokens", "crc32c", "count"]

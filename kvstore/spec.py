@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-from kvstore.errors import StoreFormatError
+from pydantic import Field
+
+from kvstore.records import STRICT, parse
 
 KeyDomain = Literal["pre_rope", "post_rope"]
 RopeKind = Literal["half", "interleaved"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+LayerNumber = Annotated[int, Field(ge=0, lt=2**16)]
+Dim = Annotated[int, Field(ge=1, le=2**16)]
+"""Heads of a layer, or channels of a head."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
     """Rotary position embedding of one kind of layer (Su et al., arXiv 2104.09864)."""
 
+    __pydantic_config__ = STRICT
+
     kind: RopeKind
     """`half` rotates channels (i, i + rotary_dim/2), `interleaved` rotates (2i, 2i + 1)."""
-    inv_freq: tuple[float, ...]
+    inv_freq: Annotated[tuple[float, ...], Field(max_length=2**15)]
     """Radians per position of each channel pair, after any scaling of the model, negative where the second channel turns
     towards the first; `rotary_dim` is twice their number."""
-    start: int = 0
+    start: Annotated[int, Field(ge=0, le=2**16)] = 0
     """First rotated channel of a head; others pass through."""
     attention_scaling: float = 1.0
     """Factor on cos and sin (YaRN, LongRoPE); 1 for plain RoPE."""
@@ -40,12 +47,14 @@ class RopeSpec:
 class LayerSpec:
     """Keys and values of one attention layer."""
 
-    layer: int
+    __pydantic_config__ = STRICT
+
+    layer: LayerNumber
     """The model's own layer number."""
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    rope: int | None
+    num_kv_heads: Dim
+    key_dim: Dim
+    value_dim: Dim
+    rope: Annotated[int, Field(ge=0)] | None
     """Index into `KVSpec.ropes`; None where nothing is rotated (learned positions, ALiBi, NoPE)."""
     latent: bool = False
     """Multi-head latent attention (DeepSeek): `key` is the latent all keys and values are made of, never rotated; `value` is the
@@ -60,6 +69,8 @@ class LayerSpec:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
     """Geometry of a model's keys and values, or of the part of them a store holds."""
+
+    __pydantic_config__ = STRICT
 
     layers: tuple[LayerSpec, ...]
     """In increasing order of layer number."""
@@ -121,19 +132,9 @@ class KVSpec:
         """Parse what `to_json` gave.
 
         Raises:
-            StoreFormatError: a field is missing or of another type.
+            StoreFormatError: a field is missing, unknown, of another type or out of range.
         """
-        try:
-            return cls(
-                layers=tuple(LayerSpec(**layer) for layer in record["layers"]),
-                ropes=tuple(
-                    RopeSpec(**{**rope, "inv_freq": tuple(float(f) for f in rope["inv_freq"])}) for rope in record["ropes"]
-                ),
-                key_domain=cast(KeyDomain, record["key_domain"]),
-                dtype=cast(Dtype, record["dtype"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreFormatError(f"spec: {error!r}; expected the fields of KVSpec (FORMAT.md 2)") from error
+        return parse(cls, record, "spec", "2")
 
 
 def format_layers(numbers: Iterable[int]) -> str:

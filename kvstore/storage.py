@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import secrets
@@ -15,13 +16,18 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import unquote
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, LeaseLostError, StoreFormatError
 
 STAGING = ".staging"
 """Folder of a store for everything not yet committed; readers never look into it."""
+CLAIM, SCRATCH = "claim-", "scratch-"
+"""Beginnings of the folders in it that belong to the holder of a claim, whose name follows."""
+MAX_RECORD_BYTES = 256 * 2**20
+"""A record, a sample table or a tokenizer's file is no larger; only shards are."""
+LEASES = f"{STAGING}/leases"
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<rest>/?.*)")
 _BUCKET_SCHEMES = ("s3", "gs")
 _PREFIX = re.compile(r"[A-Za-z0-9!_.'()=,+@ -]+(/[A-Za-z0-9!_.'()=,+@ -]+)*")
@@ -45,14 +51,26 @@ class Storage(Protocol):
     def location(self) -> str:
         """Path or URL: what `locate` turns into this."""
 
-    def read(self, key: str, last_bytes: int | None = None) -> bytes:
-        """The whole file, or its end; FileNotFoundError where there is none."""
+    @property
+    def claim(self) -> str | None:
+        """The claim whose holder writes through this object (`fenced`)."""
+
+    def read(self, key: str, last_bytes: int | None = None, most_bytes: int | None = None) -> bytes:
+        """The whole file, or its end.
+
+        Args:
+            most_bytes: a larger file is refused without being read.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StoreFormatError: it is no regular file, or too large.
+        """
 
     def size(self, key: str) -> int | None:
         """Its size in bytes, None where there is none."""
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        """Every file below a folder, in any order; none where there is no folder."""
+        """Everything below a folder that is no folder, in any order; none where there is no folder. Links to folders are not followed."""
 
     def write(self, key: str, content: bytes | Path, *, replace: bool) -> bool:
         """Make a file appear whole and durable; a local file given as content may be moved.
@@ -63,11 +81,28 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Remove a file; it may be gone already."""
 
+    def fenced(self, claim: str) -> Storage:
+        """The same place for the holder of a claim (`lease`): every write and delete fails once the claim has been taken over."""
+
+    def open_claim(self, claim: str) -> None:
+        """Let writes fenced by this claim pass."""
+
+    def revoke_claim(self, claim: str) -> None:
+        """Stop all writes fenced by this claim for good, those of a process that is frozen included."""
+
+    def touch(self, key: str) -> bool:
+        """Renew a file's time of writing; False where it is gone, which it then stays."""
+
     def scratch(self, stem: str) -> contextlib.AbstractContextManager[Path]:
         """A fresh local folder from which `write` takes files cheaply; removed afterwards."""
 
     def tensorstore_spec(self, key: str) -> dict[str, Any]:
         """The `kvstore` member of a tensorstore spec for the folder `key`."""
+
+
+def claim_key(claim: str) -> str:
+    """Where the record of a claim lies (`lease`)."""
+    return f"{LEASES}/{claim}.json"
 
 
 def locate(location: str | Path | Storage) -> Storage:
@@ -106,20 +141,41 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  # Path.absolute keeps '..', Path.resolve follows links
 
 
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder on a disk or a shared file system."""
+    """A folder on a disk or a shared file system.
+
+    Files are read through symbolic links, as caches of downloads and of versioned data have them. Nothing is written or deleted
+    behind a link: the folder it names is not the store's.
+    """
 
     root: Path
+    claim: str | None = None
+    """Whoever writes through this object holds that claim; the last step of every write is a rename out of the claim's own folder,
+    which is gone once the claim is."""
 
     @property
     def location(self) -> str:
         return str(self.root)
 
-    def read(self, key: str, last_bytes: int | None = None) -> bytes:
-        with (self.root / key).open("rb") as file:
+    def read(self, key: str, last_bytes: int | None = None, most_bytes: int | None = None) -> bytes:
+        with self._opened(key) as file:
+            size = os.fstat(file.fileno()).st_size
+            if most_bytes is not None and size > most_bytes:
+                raise StoreFormatError(
+                    f"{self.root / key}: has {size:,} bytes, expected at most {most_bytes:,}; it was changed"
+                )
             if last_bytes is not None:
-                file.seek(max(os.fstat(file.fileno()).st_size - last_bytes, 0))
+                file.seek(max(size - last_bytes, 0))
             return file.read()
 
     def size(self, key: str) -> int | None:
@@ -129,60 +185,158 @@ class Folder:
         return None
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        for folder, _, names in os.walk(self.root / prefix, onerror=_refuse_unreadable):
-            for name in names:
+        for folder, folders, names in os.walk(self.root / prefix, onerror=_refuse_unreadable):
+            for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # others may clean up meanwhile
-                    found = path.stat()
-                    yield Entry(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
+                    found = path.lstat()
+                    if stat.S_ISLNK(found.st_mode):
+                        with contextlib.suppress(OSError):  # a link to nothing is an entry still
+                            found = path.stat()
+                    size = found.st_size if stat.S_ISREG(found.st_mode) else 0
+                    yield Entry(path.relative_to(self.root).as_posix(), size, found.st_mtime)
 
     def write(self, key: str, content: bytes | Path, *, replace: bool) -> bool:
         path = self.root / key
+        self._refuse_links(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = content if isinstance(content, Path) else self._stage(content)
-        try:
-            with staged.open("rb") as file:
-                os.fsync(file.fileno())
-            if replace:
-                staged.replace(path)
-            else:
-                os.link(staged, path)
-        except FileExistsError:
-            return False
-        finally:
-            if not isinstance(content, Path):
-                staged.unlink(missing_ok=True)
+        with self._staged(content) as staged:
+            try:
+                with staged.open("rb") as file:
+                    os.fsync(file.fileno())
+                if replace:
+                    staged.replace(path)
+                else:
+                    os.link(staged, path)
+            except FileExistsError:
+                return False
         _sync_folder(path.parent)
         return True
 
     def delete(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
+        self._refuse_links(key)
+        path = self.root / key
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if self.claim is None:
+                path.unlink()
+                return
+            taken = self._fresh("gone")
+            with self._fence():
+                if path.is_symlink() or path.exists():
+                    path.rename(taken)
+            if taken.is_dir() and not taken.is_symlink():
+                shutil.rmtree(taken)
+            else:
+                taken.unlink()
+
+    def delete_folder(self, key: str) -> None:
+        """Remove a folder below the staging area with all that lies in it, but nothing behind a link."""
+        self._refuse_links(f"{key}/any")
+        shutil.rmtree(self.root / key, ignore_errors=True)
 
     @contextlib.contextmanager
     def scratch(self, stem: str) -> Iterator[Path]:
-        folder = self._fresh(stem)
+        self._refuse_links(f"{STAGING}/any")
+        staging = self.root / STAGING
+        staging.mkdir(parents=True, exist_ok=True)
+        folder = staging / f"{SCRATCH}{self.claim or 'free'}-{stem}-{secrets.token_hex(8)}"
         folder.mkdir()
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def fenced(self, claim: str) -> Folder:
+        return dataclasses.replace(self, claim=claim)
+
+    def open_claim(self, claim: str) -> None:
+        self._refuse_links(f"{STAGING}/any")
+        (self.root / STAGING / f"{CLAIM}{claim}").mkdir(parents=True)
+
+    def revoke_claim(self, claim: str) -> None:
+        self._refuse_links(f"{STAGING}/any")
+        gone = self.root / STAGING / f"{SCRATCH}{claim}-revoked-{secrets.token_hex(8)}"
+        # The rename, which is one step, ends every write of the holder, whatever it is doing; what lies there is then nobody's.
+        with contextlib.suppress(FileNotFoundError):
+            (self.root / STAGING / f"{CLAIM}{claim}").rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def touch(self, key: str) -> bool:
+        try:
+            os.utime(self.root / key)
+        except FileNotFoundError:
+            return False
+        return True
+
     def tensorstore_spec(self, key: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{self.root / key}/"}
 
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[BinaryIO]:
+        """A regular file; a pipe would keep its reader waiting, a device never ends."""
+        path = self.root / key
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise StoreFormatError(f"{path}: {error.strerror}, expected a regular file; restore it") from error
+            raise
+        with os.fdopen(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                kind = next((name for holds, name in _KINDS if holds(mode)), "something else")
+                raise StoreFormatError(f"{path}: is {kind}, expected a regular file; restore it")
+            yield file
+
+    def _refuse_links(self, key: str) -> None:
+        """A linked folder leads out of the store; what lies there is not for us to write or delete."""
+        path = self.root
+        for part in Path(key).parts[:-1]:
+            path /= part
+            if path.is_symlink():
+                raise StoreFormatError(
+                    f"{path}: is a symbolic link to {path.readlink()}, expected a folder of the store's own; nothing is written or deleted "
+                    "behind a link. Put the folder itself there"
+                )
+
     def _fresh(self, stem: str) -> Path:
+        """A name that is free, in the claim's folder, which must be there, or in the staging area, which is made."""
         staging = self.root / STAGING
+        self._refuse_links(f"{STAGING}/{CLAIM}{self.claim}/any")
+        if self.claim is not None:
+            return staging / f"{CLAIM}{self.claim}" / f"{stem}-{secrets.token_hex(8)}"
         staging.mkdir(parents=True, exist_ok=True)
         return staging / f"{stem}-{secrets.token_hex(8)}"
 
-    def _stage(self, content: bytes) -> Path:
+    @contextlib.contextmanager
+    def _staged(self, content: bytes | Path) -> Iterator[Path]:
+        """A file to be renamed into place: content given as a file is used as it is unless a claim must be proved."""
+        if isinstance(content, Path) and self.claim is None:
+            yield content
+            return
         staged = self._fresh("file")
+        with self._fence():
+            try:
+                if isinstance(content, Path):
+                    os.link(content, staged)
+                else:
+                    staged.write_bytes(content)
+                yield staged
+            finally:
+                staged.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _fence(self) -> Iterator[None]:
+        """Tell a claim that was taken over from other errors."""
         try:
-            staged.write_bytes(content)
-        except OSError:
-            staged.unlink(missing_ok=True)
-            raise
-        return staged
+            yield
+        except FileNotFoundError as error:
+            if self.claim is None or (self.root / STAGING / f"{CLAIM}{self.claim}").is_dir():
+                raise
+            raise LeaseLostError(
+                f"{self.root}: this process stood still for so long that its claim ran out and another writer took over; nothing of "
+                "this step was written. Run the same command again"
+            ) from error
 
 
 def _refuse_unreadable(error: OSError) -> None:

@@ -6,26 +6,48 @@ sample's tokens against its crc32c and id, and every value decoded. Knows no tea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from kvstore.arrays import array_key, array_keys, index_bytes, read_calibration, read_small_array, shard_key, validate_length
-from kvstore.codec import KINDS
-from kvstore.commits import Commit, StoredObject, commit_key, committed_shards, read_commit, sample_id
-from kvstore.drop import read_dropped
+from kvstore.arrays import (
+    array_key,
+    array_keys,
+    chunk_bytes,
+    index_bytes,
+    metadata_problems,
+    read_calibration,
+    read_small_array,
+    shard_key,
+)
+from kvstore.codec import KINDS, Kind, saturated
+from kvstore.commits import Commit, StoredObject, commit_key, committed_shards, contradictions, read_commit, sample_id
+from kvstore.drop import dropped_shards
 from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.gate import read_gate
-from kvstore.lease import LEASES, Claim, claims
-from kvstore.manifest import ARRAYS, COMMITS, GATE, PROJECTION, SAMPLES, TOKENIZER, Manifest, read_beside, read_manifest
+from kvstore.lease import Claim, claims
+from kvstore.manifest import (
+    ARRAYS,
+    GATE,
+    PROJECTION,
+    SAMPLES,
+    TOKENIZER,
+    Group,
+    Manifest,
+    data_record,
+    read_beside,
+    read_manifest,
+)
 from kvstore.reader import Store
-from kvstore.records import bytes_sha256, fingerprint
-from kvstore.repeats import read_repeats
-from kvstore.samples import part_key, read_parquet, rows_of
+from kvstore.records import bytes_sha256, fingerprint, plain
+from kvstore.repeats import read_part_repeats, read_repeats
+from kvstore.samples import Summary, column_digest, is_part, is_summary, part_key, read_part, read_summary, rows_of, summary_of
 from kvstore.spec import KVSpec
-from kvstore.storage import STAGING, Storage, locate
+from kvstore.storage import Storage, locate
+from kvstore.strangers import Strangers, find_strangers
 
 Progress = Callable[[int, int], object]
 """Told the bytes done and the bytes in all."""
@@ -36,7 +58,8 @@ class Problem:
     """One thing that is wrong."""
 
     part: str
-    """What is damaged: `manifest`, `metadata`, `tokenizer`, `projection`, `gate`, `tables`, `commit` or `shard`; decides how it is mended."""
+    """What is damaged: `manifest`, `metadata`, `calibration`, `tokenizer`, `projection`, `gate`, `tables`, `dropped`, `data`, `commit`,
+    `shard` or `unlisted`; decides how it is mended."""
     message: str
     shard: int | None = None
     sample: str | None = None
@@ -58,6 +81,8 @@ class Report:
     problems: tuple[Problem, ...]
     orphans: tuple[str, ...]
     """Files that belong to nothing committed and nothing at work: leftovers of killed writers. No reader sees them."""
+    foreign: tuple[str, ...]
+    """Files that are not kvpipe's: no damage, and nobody's concern."""
     writers: tuple[str, ...]
     """Who is writing into the store now."""
 
@@ -85,7 +110,7 @@ class _Verification:
         self._storage, self._deep, self._progress = storage, deep, progress
         self._problems: list[Problem] = []
         self._bytes = 0
-        self._dropped: list[str] = []
+        self._dropped: dict[str, int] = {}
 
     def run(self) -> Report:
         try:
@@ -94,97 +119,76 @@ class _Verification:
             raise
         except KVStoreError as error:
             self._add("manifest", str(error))
-            return self._report(None, [], (), {})
-        entries = {entry.key: entry.size_bytes for entry in self._storage.entries("")}
+            return self._report(None, [], Strangers((), (), ()), {})
+        entries = [entry.key for entry in self._storage.entries("")]
         living = claims(self._storage)
         self._metadata(manifest)
         self._files(manifest)
         commits = list(self._commits(manifest))
         self._ids(commits)
         self._tables(manifest, commits, entries)
+        self._parts(manifest, commits)
         total = sum(stored.size_bytes for commit in commits for stored in commit.objects)
         for commit in commits:
             good = self._objects(manifest, commit, total)
             if self._deep and commit.samples:
                 self._decode(manifest, commit, good)
-        return self._report(manifest, commits, self._orphans(manifest, commits, entries, living), living)
+        return self._report(manifest, commits, self._strangers(manifest, commits, entries, living), living)
 
     def _add(self, part: str, message: str, shard: int | None = None, sample: str | None = None) -> None:
         self._problems.append(Problem(part=part, message=message, shard=shard, sample=sample))
 
     def _metadata(self, manifest: Manifest) -> None:
         for key in manifest.metadata:
-            try:
-                validate_length(self._storage, manifest, key)
-            except KVStoreError as error:
-                self._add("metadata", str(error))
-        try:
-            read_calibration(self._storage, manifest)
-            for group in manifest.groups:
-                layers = read_small_array(self._storage, manifest, array_key(group, "layer")).tolist()
+            for problem in metadata_problems(self._storage, manifest, key):
+                self._add("metadata", problem)
+        if self._problems:
+            return
+        for group in manifest.groups:
+            key = array_key(group, "layer")
+            with self._noting("metadata"):
+                layers = read_small_array(self._storage, manifest, key).tolist()
                 if layers != list(group.layers):
-                    self._add("metadata", f"{ARRAYS}/{array_key(group, 'layer')}: got {layers}, expected {list(group.layers)}")
-        except KVStoreError as error:
-            self._add("metadata", str(error))
+                    self._add("metadata", f"{ARRAYS}/{key}: got {layers}, expected {list(group.layers)}")
+        with self._noting("calibration"):
+            read_calibration(self._storage, manifest)
 
     def _files(self, manifest: Manifest) -> None:
         """What lies beside arrays and commits: tokenizer, fitted maps, gate record, repeats, dropped ids."""
         for folder, files in ((TOKENIZER, manifest.tokenizer), (PROJECTION, manifest.projection)):
             for name, expected in files.items():
-                try:
+                with self._noting(folder):
                     read_beside(self._storage, folder, {name: expected})
-                except KVStoreError as error:
-                    self._add(folder, str(error))
-        try:
-            self._dropped = dropped = read_dropped(self._storage)
-            if (manifest.data.get("dropped") or None) != (fingerprint(dropped) if dropped else None):
-                self._add("tables", f"{SAMPLES}/dropped.json: not the list the manifest names; restore it, or drop again")
+        with self._noting("dropped"):
+            self._dropped = dropped_shards(self._storage)
+            if (manifest.data.get("dropped") or None) != (fingerprint(list(self._dropped)) if self._dropped else None):
+                self._add("dropped", f"{SAMPLES}/dropped.json: not the list the manifest names; restore it, or drop again")
+        with self._noting("dropped"):
             read_repeats(self._storage, manifest)
-        except KVStoreError as error:
-            self._add("tables", str(error))
-        try:
+        with self._noting("gate", f"; delete {GATE}, the next extraction makes it again"):
             read_gate(self._storage)
+
+    @contextlib.contextmanager
+    def _noting(self, part: str, remedy: str = "", shard: int | None = None) -> Iterator[None]:
+        """Add what the block finds wrong to the problems."""
+        try:
+            yield
         except KVStoreError as error:
-            self._add("gate", f"{error}; delete {GATE}, the next extraction makes it again")
+            self._add(part, f"{error}{remedy}", shard)
 
     def _commits(self, manifest: Manifest) -> Iterator[Commit]:
-        names = {PurePosixPath(entry.key).name for entry in self._storage.entries(COMMITS)}
-        for name in sorted(names - {PurePosixPath(commit_key(shard)).name for shard in range(manifest.layout.num_shards)}):
-            self._add(
-                "commit", f"{COMMITS}/{name}: no shard of this store; the manifest is older than the data, or a file strayed in"
-            )
         for shard in sorted(committed_shards(self._storage)):
             if shard >= manifest.layout.num_shards:
+                self._add(
+                    "commit",
+                    f"{commit_key(shard)}: no shard of this store; the manifest is older than the data, or a file strayed in",
+                )
                 continue
-            try:
+            with self._noting("commit", shard=shard):
                 commit = read_commit(self._storage, shard)
-            except KVStoreError as error:
-                self._add("commit", str(error), shard)
-                continue
-            if commit.signal != manifest.signal_fingerprint:
-                self._add(
-                    "commit",
-                    f"shard {shard}: committed for signal {commit.signal[:12]}, the store is {manifest.signal_fingerprint[:12]}",
-                    shard,
-                )
-            self._placement(manifest, commit)
-            yield commit
-
-    def _placement(self, manifest: Manifest, commit: Commit) -> None:
-        layout = manifest.layout
-        free = commit.shard * layout.shard_tokens
-        for row in sorted(commit.samples, key=lambda row: row.token_start):
-            stop = row.token_start + row.num_tokens
-            fits = row.shard == commit.shard and free <= row.token_start and stop <= (commit.shard + 1) * layout.shard_tokens
-            if not fits or row.token_start % layout.chunk_tokens or row.num_tokens < 1:
-                self._add(
-                    "commit",
-                    f"shard {commit.shard}, sample {row.id}: rows {row.token_start} to {stop} of shard {row.shard} overlap another "
-                    "sample or leave the shard",
-                    commit.shard,
-                    row.id,
-                )
-            free = layout.padded(stop)
+                for message, sample in contradictions(manifest, commit):
+                    self._add("commit", message, shard, sample)
+                yield commit
 
     def _ids(self, commits: list[Commit]) -> None:
         seen: dict[str, int] = {}
@@ -207,39 +211,66 @@ class _Verification:
                     )
                 seen.setdefault(row.id, commit.shard)
 
-    def _tables(self, manifest: Manifest, commits: list[Commit], entries: dict[str, int]) -> None:
+    def _tables(self, manifest: Manifest, commits: list[Commit], keys: list[str]) -> None:
         """Tables may lag behind commits, but what they say must be what the commits say."""
-        by_shard = {commit.shard: commit for commit in commits}
-        keys = [key for key in entries if key.startswith(f"{SAMPLES}/") and key.endswith(".parquet")]
-        for key in keys:
-            digits = PurePosixPath(key).stem.rpartition("-")[2]
-            if not bytes_sha256(self._storage.read(key)).startswith(digits):
-                self._add("tables", f"{key}: its content does not hash to its name")
-                continue
-            if not PurePosixPath(key).name.startswith("summary-"):
-                continue
-            try:
-                listed = read_parquet(self._storage, key)["shard"].to_pylist()
-                for shard in sorted(set(listed) - set(by_shard)):
-                    if shard < manifest.layout.num_shards and self._storage.size(commit_key(shard)) is None:
+        by_shard, damaged = {commit.shard: commit for commit in commits}, committed_shards(self._storage)
+        for key in filter(is_summary, keys):
+            with self._noting("tables"):
+                summary = read_summary(self._storage, key)
+                listed = summary.shards["shard"].to_pylist()
+                for shard in sorted(set(listed) - damaged):
+                    if shard < manifest.layout.num_shards:
                         self._add("commit", f"shard {shard}: listed in {key}, but its commit record is lost", shard)
-                rows = read_parquet(self._storage, part_key(key))
-                expected = rows_of(by_shard[shard] for shard in listed if shard in by_shard)
-                if set(listed) <= set(by_shard) and not rows.equals(expected):
-                    self._add("tables", f"{part_key(key)}: its rows are not those of the commit records")
-            except KVStoreError as error:
-                self._add("tables", str(error))
+                self._table(key, summary, by_shard, listed)
+        summarised = {part_key(key) for key in filter(is_summary, keys)}
+        for key in keys:
+            if is_part(key) and key not in summarised:
+                with self._noting("tables"):
+                    read_part(self._storage, key)
+
+    def _table(self, key: str, summary: Summary, commits: Mapping[int, Commit], listed: list[int]) -> None:
+        rows = read_part(self._storage, part_key(key))
+        if strangers := [name for name in rows.column_names if column_digest(rows[name]) != summary.digests[name]]:
+            self._add("tables", f"{part_key(key)}: columns {', '.join(strangers)} are not what {key} says")
+        if not set(listed) <= commits.keys():
+            return
+        expected = [commits[shard] for shard in listed]
+        if not rows.equals(rows_of(expected)):
+            self._add("tables", f"{part_key(key)}: its rows are not those of the commit records")
+        if not summary.shards.equals(summary_of(expected)):
+            self._add("tables", f"{key}: its numbers are not those of the commit records")
+
+    def _parts(self, manifest: Manifest, commits: list[Commit]) -> None:
+        """The samples and counts of each part, as far as all of them are here, must be those the manifest was planned for."""
+        by_shard = {commit.shard: commit for commit in commits}
+        lengths = {row.id: row.num_tokens for commit in commits for row in commit.samples}
+        gone = set(self._dropped.values())
+        for number, part in enumerate(manifest.data_parts):
+            shards = range(part["first_shard"], part["first_shard"] + part["num_shards"])
+            with self._noting("dropped"):
+                found = dict(read_part_repeats(self._storage, manifest, number))
+                if len(by_shard.keys() & set(shards[: len(by_shard) + 1])) < len(shards) or not found.keys() <= lengths.keys():
+                    continue
+                if gone.intersection(shards):
+                    continue  # how often a dropped sample came is not known any more
+                found |= {row.id: row.count for shard in shards for row in by_shard[shard].samples}
+                rows = ((identity, found[identity], lengths[identity]) for identity in sorted(found))
+                actual = plain(data_record(rows, part["seq_len"]))
+                if wrong := [name for name, value in actual.items() if part.get(name) != value]:
+                    self._add(
+                        "data",
+                        f"part {number} of the data, shards {shards.start} to {shards.stop - 1}: {', '.join(wrong)} of its samples are not what "
+                        "the manifest says: ids or counts were changed, or shards are of another store",
+                    )
 
     def _objects(self, manifest: Manifest, commit: Commit, total: int) -> bool:
         """Whether every object of a shard is the one that was committed."""
-        expected = [shard_key(array, commit.shard) for array in array_keys(manifest)] if commit.samples else []
-        if [stored.path for stored in commit.objects] != expected:
-            listed = [stored.path for stored in commit.objects]
-            self._add("commit", f"shard {commit.shard}: its record lists {listed}, expected {expected}", commit.shard)
+        arrays = {shard_key(array, commit.shard): array for array in array_keys(manifest)}
+        if not {stored.path for stored in commit.objects} <= arrays.keys():
             return False
         good = True
-        for array, stored in zip(array_keys(manifest), commit.objects, strict=bool(commit.samples)):
-            problem = self._object_problem(stored, index_bytes(manifest, array))
+        for stored in commit.objects:
+            problem = self._object_problem(manifest, commit, stored, arrays[stored.path])
             self._progress(self._bytes, total)
             if problem:
                 good = False
@@ -247,22 +278,24 @@ class _Verification:
                 self._add("shard", f"shard {commit.shard}: {stored.path}: {problem} (samples {samples} ...)", commit.shard)
         return good
 
-    def _object_problem(self, stored: StoredObject, end_bytes: int) -> str | None:
+    def _object_problem(self, manifest: Manifest, commit: Commit, stored: StoredObject, array: str) -> str | None:
         """What tells one file of a shard from the one that was committed."""
         try:
+            size = self._storage.size(stored.path)
+            if size != stored.size_bytes:
+                return f"{size or 'no'} bytes, expected {stored.size_bytes}"
             content = self._storage.read(stored.path)
         except FileNotFoundError:
-            content = b""
-        except OSError as error:
+            return f"no bytes, expected {stored.size_bytes}"
+        except (OSError, KVStoreError) as error:
             return f"cannot be read ({error})"
         self._bytes += len(content)
-        if len(content) != stored.size_bytes:
-            return f"{len(content) or 'no'} bytes, expected {stored.size_bytes}"
         if bytes_sha256(content) != stored.sha256:
             return f"sha256 {bytes_sha256(content)[:12]}, expected {stored.sha256[:12]}"
-        if bytes_sha256(content[-end_bytes:]) != stored.index_sha256:
+        end_bytes = index_bytes(manifest, array)
+        if len(content) < end_bytes or bytes_sha256(content[-end_bytes:]) != stored.index_sha256:
             return "its index does not hash to what the record says"
-        return None
+        return _bits_problem(manifest, commit, array, content)
 
     def _decode(self, manifest: Manifest, commit: Commit, good: bool) -> None:
         """Read every sample of a shard through the codecs, all at once, and one by one where that fails.
@@ -270,23 +303,45 @@ class _Verification:
         Args:
             good: whether its files are those committed; of others the damaged samples are named, where the files are whole.
         """
+        ends: Counter[tuple[int, Kind]] = Counter()
         try:
             store = Store(self._storage, [commit])
             store.verify_shard(commit.shard)
             blocks = _blocks(manifest.spec)
-            for first in range(0, len(store), 16):
-                self._decode_samples(store, list(range(first, min(first + 16, len(store)))), blocks)
+            whole = [
+                self._decode_samples(store, list(range(first, min(first + 16, len(store)))), blocks, ends)
+                for first in range(0, len(store), 16)
+            ]
         except KVStoreError as error:
             if good:
                 self._add("shard", f"shard {commit.shard}: {error}", commit.shard)
+            return
+        if all(whole):
+            for (layer, kind), count in ends.items():
+                share = count / _num_values(manifest, commit, layer, kind)
+                if commit.fidelity[str(layer)][kind]["saturation"] != share:
+                    told = commit.fidelity[str(layer)][kind]["saturation"]
+                    self._add(
+                        "commit",
+                        f"shard {commit.shard}: saturation of layer {layer}, {kind} is {share}, its record says {told}",
+                        commit.shard,
+                    )
 
-    def _decode_samples(self, store: Store, indices: list[int], blocks: list[list[int]]) -> None:
+    def _decode_samples(
+        self, store: Store, indices: list[int], blocks: list[list[int]], ends: Counter[tuple[int, Kind]]
+    ) -> bool:
+        """Whether all of them are good; codes at an end of their range are counted."""
         try:
             for block in blocks:
-                batch = store.read(indices, block)
+                codes = store.read_codes(indices, block)
+                batch = store.decode(codes, block)
                 for kind in KINDS:
                     if not np.isfinite(getattr(batch, kind)).all():
                         raise KVStoreError(f"layers {block}, {kind}: NaN or infinity among the decoded values")
+                    for layer in block:
+                        group, slot = store.manifest.group_of(layer)
+                        row = sorted(group.layers.index(one) for one in block if one in group.layers).index(slot)
+                        ends[layer, kind] += saturated(group.quantizer(kind), codes.codes[group.path, kind][row])
             for position, index in enumerate(indices):
                 tokens = batch.input_ids[batch.cu_seqlens[position] : batch.cu_seqlens[position + 1]]
                 if sample_id(tokens) != store.samples.ids[index]:
@@ -294,34 +349,28 @@ class _Verification:
         except KVStoreError as error:
             if len(indices) > 1:
                 for index in indices:
-                    self._decode_samples(store, [index], blocks)
-                return
+                    self._decode_samples(store, [index], blocks, ends)
+                return False
             shard, sample = int(store.samples.shard[indices[0]]), store.samples.ids[indices[0]]
             self._add("shard", f"shard {shard}, sample {sample}: {error}", shard, sample)
+            return False
+        return True
 
-    def _orphans(
-        self, manifest: Manifest, commits: list[Commit], entries: dict[str, int], living: dict[str, Claim]
-    ) -> tuple[str, ...]:
+    def _strangers(self, manifest: Manifest, commits: list[Commit], keys: list[str], living: dict[str, Claim]) -> Strangers:
         """Files nobody needs; while others write, what they are writing is not counted."""
-        arrays = array_keys(manifest)
-        ours = {stored.path for commit in commits for stored in commit.objects}
-        damaged = set(committed_shards(self._storage)) - {commit.shard for commit in commits}
-        writing = {
-            shard
-            for shard in range(manifest.layout.num_shards)
-            if shard in damaged or any(claim.overlaps(shard, shard + 1) for claim in living.values())
-        }
-        ours |= {shard_key(array, shard) for array in arrays for shard in writing}
-        prefixes = tuple(f"{ARRAYS}/{array}/c/" for array in arrays)
-        orphans = [key for key in entries if key.startswith(prefixes) and key not in ours]
-        if not living:
-            orphans += [key for key in entries if key.startswith(f"{STAGING}/")]
-        else:
-            orphans += [key for key in entries if key.startswith(f"{LEASES}/") and key not in living]
-        return tuple(sorted(orphans))
+        damaged = committed_shards(self._storage) - {commit.shard for commit in commits}
+        writing = [range(max(claim.first, 0), max(claim.stop, 0)) for claim in living.values()]
+        found = find_strangers(manifest, commits, damaged, keys, writing, living)
+        for key in found.misleading:
+            self._add(
+                "unlisted",
+                f"{key}: not in the manifest; kvpipe does not read it, but a program that is given the folder would. Take it away, or "
+                "'kvpipe repair' puts it aside",
+            )
+        return found
 
     def _report(
-        self, manifest: Manifest | None, commits: list[Commit], orphans: tuple[str, ...], living: dict[str, Claim]
+        self, manifest: Manifest | None, commits: list[Commit], strangers: Strangers, living: dict[str, Claim]
     ) -> Report:
         return Report(
             location=self._storage.location,
@@ -331,7 +380,8 @@ class _Verification:
             num_samples=sum(len(commit.samples) for commit in commits),
             num_bytes=self._bytes,
             problems=tuple(self._problems),
-            orphans=orphans,
+            orphans=strangers.orphans,
+            foreign=strangers.foreign,
             writers=tuple(f"{claim.purpose} on {claim.host}, pid {claim.pid}" for claim in living.values()),
         )
 
@@ -342,3 +392,23 @@ def _blocks(spec: KVSpec) -> list[list[int]]:
     for layer in spec.layers:
         blocks.setdefault(layer.geometry, []).append(layer.layer)
     return list(blocks.values())
+
+
+def _num_values(manifest: Manifest, commit: Commit, layer: int, kind: Kind) -> int:
+    group: Group = manifest.group_of(layer)[0]
+    return commit.num_tokens * group.num_kv_heads * group.dim(kind)
+
+
+def _bits_problem(manifest: Manifest, commit: Commit, array: str, content: bytes) -> str | None:
+    """The record's bits per value follow from the sizes in the index."""
+    for group in manifest.groups:
+        for kind in KINDS:
+            if array_key(group, group.array(kind)) != array:
+                continue
+            chunks = manifest.layout.shard_tokens // manifest.layout.chunk_tokens
+            for layer, size in zip(group.layers, chunk_bytes(content, len(group.layers), chunks), strict=True):
+                bits = 8.0 * size / _num_values(manifest, commit, layer, kind)
+                told = commit.fidelity[str(layer)][kind]["bits"] if str(layer) in commit.fidelity else None
+                if bits != told:
+                    return f"layer {layer}, {kind} takes {bits} bits a value, its record says {told}"
+    return None

@@ -29,7 +29,7 @@ from kvstore.arrays import (
 )
 from kvstore.calibration import Calibration, channels_of
 from kvstore.codec import KINDS, Encoded, Kind, Values
-from kvstore.commits import Commit, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
+from kvstore.commits import Commit, Fidelity, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
 from kvstore.errors import CodecError, CorruptShardError, StoreFormatError, StoreWriteError
 from kvstore.manifest import Group, Manifest
 from kvstore.records import bytes_sha256
@@ -90,7 +90,7 @@ class ShardWriter:
         spans: Sequence[tuple[int, int]],
         key: Float[np.ndarray, "token kv_head key_dim"],
         value: Float[np.ndarray, "token kv_head value_dim"],
-        inherited: Mapping[Kind, Mapping[str, float]] | None = None,
+        inherited: Mapping[Kind, Fidelity] | None = None,
     ) -> None:
         """Encode one layer's keys and values of some samples, concatenated.
 
@@ -160,7 +160,7 @@ class ShardWriter:
         self._used_tokens = max(self._used_tokens, span.stop)
 
     def put_codes(
-        self, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], codes: codecs.Codes, fidelity: Mapping[str, float]
+        self, layer: int, kind: Kind, spans: Sequence[tuple[int, int]], codes: codecs.Codes, fidelity: Fidelity
     ) -> None:
         """Take codes as another store of the same signal has them, with that store's fidelity in place of a measurement."""
         measures = np.empty((3, len(codes)))
@@ -276,9 +276,10 @@ class ShardWriter:
 
     def _publish(self, content: Path, stored: StoredObject, replace: bool) -> None:
         """Put an object in place. One that is there already without a commit is a dead writer's, or our twin's with these bits."""
-        if not self._storage.write(stored.path, content, replace=replace) and (
-            bytes_sha256(self._storage.read(stored.path)) != stored.sha256
-        ):
+        if self._storage.write(stored.path, content, replace=replace):
+            return
+        same_size = self._storage.size(stored.path) == stored.size_bytes
+        if not same_size or bytes_sha256(self._storage.read(stored.path)) != stored.sha256:
             self._storage.write(stored.path, content, replace=True)
 
     def _arrays(self) -> Iterator[tuple[Group | None, Kind | None, str, np.ndarray]]:

@@ -139,8 +139,8 @@ def gate_after(run: Run, signal: Signal, executor: Executor) -> None:
     """When the store is complete, let the teacher read over what lies on disk."""
     store = Store(run.storage)
     recorded = read_gate(run.storage).get("after")
-    parts = len(store.manifest.data["parts"])
-    known = recorded and recorded["parts"] == parts and (recorded["passed"] or run.config.accept_fidelity)
+    parts = len(store.manifest.data_parts)
+    known = recorded and recorded.get("parts") == parts and (recorded.get("passed") or run.config.accept_fidelity)
     unfinished = store.manifest.is_growing or len(store.samples.summary) < store.manifest.layout.num_shards
     if known or unfinished:
         return

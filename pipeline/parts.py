@@ -93,11 +93,11 @@ class RunParts:
             ValueError: the store is not complete, or a sample is longer than its shards.
         """
         store = Store(self._storage)
-        runs, parts = store.manifest.runs, store.manifest.data["parts"]
+        runs, parts = store.manifest.runs, store.manifest.data_parts
         wanted = plain(data_record(window.samples, self._seq_len))
         self._run = next((number for number, run in enumerate(runs) if _is_part(parts[run["first_part"]], wanted)), None)
         if self._run is None and not self._append:
-            _refuse_other_data(store, parts[runs[-1]["first_part"]], wanted)
+            _refuse_other_data(store, parts[runs[-1]["first_part"]] if runs else {}, wanted)
         if self._run is None:
             _refuse_unfinished(store)
         first = (
@@ -117,7 +117,7 @@ class RunParts:
         windows = run.get("windows", ())
         if number + 1 >= len(windows):
             return None
-        part = manifest.data["parts"][run["first_part"] + number]
+        part = manifest.data_parts[run["first_part"] + number]
         return Recorded(
             part=run["first_part"] + number,
             shards=range(part["first_shard"], part["first_shard"] + part["num_shards"]),
@@ -151,7 +151,7 @@ class RunParts:
 
     def ids_of(self, store: Store, number: int) -> list[str]:
         """Ids of all samples of a part whose shards are all committed: stored by it, known before, or dropped since."""
-        part = store.manifest.data["parts"][number]
+        part = store.manifest.data_parts[number]
         shards = range(part["first_shard"], part["first_shard"] + part["num_shards"])
         rows = zip(store.samples.ids, store.samples.shard.tolist(), strict=True)
         ids = [identity for identity, shard in rows if shard in shards]
@@ -173,7 +173,7 @@ class RunParts:
     def _found(self, manifest: Manifest, number: int, window: Window) -> Part:
         """The part the store has for a window, if it is the same."""
         assert self._run is not None
-        record = manifest.data["parts"][number]
+        record = manifest.data_parts[number]
         last = manifest.runs[self._run]["complete"] and number + 1 == _stop_part(manifest, self._run)
         refuse_mismatch(
             self._storage.location,
@@ -192,7 +192,7 @@ class RunParts:
 
     def _add(self, manifest: Manifest, window: Window, runs: list[dict[str, Any]]) -> Part:
         """Make room for samples the store does not have; those it has are counted once more and not stored again."""
-        planned, number = manifest.layout.num_shards, len(manifest.data["parts"])
+        planned, number = manifest.layout.num_shards, len(manifest.data_parts)
         longest = max((len(sample.input_ids) for sample in window.samples), default=0)
         if longest > manifest.layout.shard_tokens:
             raise ValueError(
@@ -209,7 +209,7 @@ class RunParts:
             dataclasses.replace(
                 manifest,
                 layout=dataclasses.replace(manifest.layout, num_shards=planned + len(tasks)),
-                data={**manifest.data, "parts": [*manifest.data["parts"], plain(record)]},
+                data={**manifest.data, "parts": [*manifest.data_parts, plain(record)]},
                 runs=[plain(run) for run in runs],
             ),
         )
@@ -242,7 +242,7 @@ def _stop_part(manifest: Manifest, run: int) -> int:
     """The number after a run's last part."""
     if run + 1 < len(manifest.runs):
         return int(manifest.runs[run + 1]["first_part"])
-    return len(manifest.data["parts"])
+    return len(manifest.data_parts)
 
 
 def _refuse_other_data(store: Store, record: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -238,7 +238,7 @@ def _recorded_config(store: Store, shard: int, settings: dict[str, Any]) -> Extr
     Raises:
         KVStoreError: the part was not extracted.
     """
-    parts = store.manifest.data["parts"]
+    parts = store.manifest.data_parts
     for run in reversed(store.manifest.runs):
         if run["first_part"] < len(parts) and parts[run["first_part"]]["first_shard"] <= shard:
             if "settings" not in run:

@@ -11,13 +11,15 @@ import ml_dtypes
 import numpy as np
 import pyarrow as pa
 
+from kvstore import open_store
 from kvstore.calibration import Calibration, ChannelMoments, calibration_fingerprint, fit_groups
 from kvstore.codec import KINDS, parse_codecs
 from kvstore.commits import Commit, SampleRow, create_commit, sample_id, token_crc32c
 from kvstore.compaction import compact, write_tables
 from kvstore.create import create_store
 from kvstore.layout import Layout, fill_shards, plan_layout
-from kvstore.manifest import Manifest, plan_groups, write_manifest
+from kvstore.manifest import Manifest, data_record, plan_groups, write_manifest
+from kvstore.repeats import write_repeats
 from kvstore.samples import ROWS, SUMMARY
 from kvstore.spec import Dtype, KVSpec, LayerSpec, RopeSpec
 from kvstore.storage import locate
@@ -93,6 +95,7 @@ def begin_store(
     teacher: KVSpec | None = None,
     calibration: Calibration | None = None,
     token_arrays: tuple[str, ...] = ("input_ids",),
+    counts: Sequence[int] | None = None,
 ) -> tuple[Manifest, Calibration, list[list[int]]]:
     """Create the empty store; returns its manifest, calibration and the samples of each shard."""
     lengths = [len(ids) for ids in source.input_ids]
@@ -100,6 +103,9 @@ def begin_store(
     groups = plan_groups(source.spec, parse_codecs(codec, source.spec.layer_numbers))
     layout = plan_layout(lengths, groups[0].row_bytes)
     tasks = [[index for index, _ in placed] for placed in fill_shards(lengths, layout)]
+    identities = [sample_id(ids) for ids in source.input_ids]
+    rows = sorted(zip(identities, counts or [1] * len(lengths), lengths, strict=True))
+    part = {**data_record(rows, max(lengths)), "first_shard": 0, "num_shards": layout.num_shards}
     manifest = Manifest(
         spec=source.spec,
         teacher=teacher or source.spec,
@@ -110,9 +116,9 @@ def begin_store(
         signal={"weights": "test", "codec": codec, **(signal or {})},
         metadata={},
         tokenizer={},
-        data={"samples": [sample_id(ids) for ids in source.input_ids]},
+        data={"parts": [part], "dropped": None},
         token_arrays=token_arrays,
-        runs=[],
+        runs=[{"first_part": 0, "complete": True}],
         created="2026-01-01T00:00:00+00:00",
         kvpipe_version="0.1.0",
     )
@@ -172,7 +178,7 @@ def write_store(
 ) -> Path:
     """A whole committed and compacted store of these samples."""
     arrays = ("input_ids",) if loss_masks is None else ("input_ids", "loss_mask")
-    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher, calibration, arrays)
+    manifest, calibration, tasks = begin_store(root, source, codec, signal, tokenizer, teacher, calibration, arrays, counts)
     beside = {index: {"loss_mask": mask} for index, mask in (loss_masks or {}).items()}
     for shard, indices in enumerate(tasks):
         write_shard(root, source, manifest, calibration, shard, indices, documents, texts, counts, beside)
@@ -180,12 +186,25 @@ def write_store(
     return root
 
 
+def add_repeats(root: Path, index: int, count: int) -> None:
+    """One more part of the data, which had one stored sample that many times and nothing else."""
+    storage, store = locate(root), open_store(root)
+    manifest, number = store.manifest, len(store.manifest.data_parts)
+    identity, num_tokens = store.samples.ids[index], int(store.samples.num_tokens[index])
+    record = data_record([(identity, count, num_tokens)], num_tokens)
+    repeats = write_repeats(storage, number, {identity: count})
+    part = {**record, "first_shard": manifest.layout.num_shards, "num_shards": 0, "repeats": repeats}
+    write_manifest(storage, dataclasses.replace(manifest, data={**manifest.data, "parts": [*manifest.data_parts, part]}))
+
+
 def write_sample_tables(root: Path, num_shards: int, samples_per_shard: int) -> pa.Table:
     """A store of many samples of 64 tokens without their keys and values: sealed commit records that say next to nothing, and the
     tables of all samples in two parts. Returns the rows."""
     manifest, _, _ = begin_store(root, random_source(small_spec(num_layers=1), [64]))
     layout = Layout(chunk_tokens=64, shard_tokens=64 * samples_per_shard, num_shards=num_shards)
-    write_manifest(locate(root), dataclasses.replace(manifest, layout=layout))
+    parts = [{**manifest.data["parts"][0], "num_shards": num_shards}]
+    data = {"parts": parts, "dropped": None}
+    write_manifest(locate(root), dataclasses.replace(manifest, layout=layout, data=data))
     for shard in range(num_shards):
         record = Commit(shard=shard, signal=manifest.signal_fingerprint, objects=(), samples=(), fidelity={})
         create_commit(locate(root), record)

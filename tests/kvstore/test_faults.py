@@ -35,14 +35,12 @@ from kvstore.compaction import compact
 from kvstore.drop import drop_samples, read_dropped
 from kvstore.errors import StoreWriteError
 from kvstore.gate import read_gate, write_gate
-from kvstore.manifest import read_manifest, write_manifest
 from kvstore.records import canonical_json
-from kvstore.repeats import write_repeats
 from kvstore.samples import ROWS
 from kvstore.storage import locate
 from kvstore.verify import verify_store
 from kvstore.writer import ShardWriter
-from tests.stores import Source, begin_store, random_source, small_spec, write_shard, write_store
+from tests.stores import Source, add_repeats, begin_store, random_source, small_spec, write_shard, write_store
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = [64, 50, 128, 64, 64, 70, 64, 64]
@@ -225,10 +223,7 @@ def array_json(name: str, change: Callable[[dict[str, object]], object]) -> Call
 
 def add_part(store: Path) -> None:
     """One more part of the data, which had sample 0 twice more."""
-    storage = locate(store)
-    manifest = read_manifest(storage)
-    repeats = write_repeats(storage, 1, {open_store(store).samples.ids[0]: 2})
-    write_manifest(storage, dataclasses.replace(manifest, data={**manifest.data, "parts": [{}, {"repeats": repeats}]}))
+    add_repeats(store, 0, 2)
     assert open_store(store).samples.count.tolist() == [3, *[1] * 7]
 
 
@@ -791,9 +786,7 @@ def test_no_flipped_bit_anywhere_is_read_silently_and_verification_finds_all_tha
     path = write_store(tmp_path / "store", source, tokenizer=tmp_path / "tokenizer", texts=["tab\tnew\nline", "é", "text"])
     write_gate(locate(path), "before", {"kl": 0.01})
     storage = locate(path)
-    manifest = read_manifest(storage)
-    repeats = write_repeats(storage, 1, {open_store(path).samples.ids[0]: 2})
-    write_manifest(storage, dataclasses.replace(manifest, data={**manifest.data, "parts": [{}, {"repeats": repeats}]}))
+    add_repeats(path, 0, 2)
 
     def everything() -> str:
         return repr([snapshot(path), read_gate(storage), read_dropped(storage)])
