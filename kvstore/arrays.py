@@ -108,7 +108,7 @@ def read_small_array(storage: Storage, manifest: Manifest, array: str) -> np.nda
         raise CorruptShardError(f"{where}: {error}; it is missing or damaged, restore it") from error
     if len(content) != size + 4 or google_crc32c.value(content[:size]) != int.from_bytes(content[size:], "little"):
         raise CorruptShardError(
-            f"{where}: {len(content)} bytes, expected {size + 4} with a crc32c that fits; it is damaged, restore it"
+            f"{where}: {len(content)} bytes, expected {size + 4} with a crc32c that fits; it is missing or damaged, restore it"
         )
     return np.frombuffer(content[:size], dtype=expected.dtype).reshape(expected.shape)
 

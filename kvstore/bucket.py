@@ -164,7 +164,7 @@ class Bucket:
             found = self._request(key, lambda client: obstore.head(client, key))
         except FileNotFoundError:
             return None
-        return {"e_tag": found["e_tag"], "version": found["version"]}
+        return {name: found[name] for name in ("e_tag", "version") if found.get(name)}
 
     def _prove(self) -> None:
         """Refuse to go on for a claim that was taken over."""

@@ -177,11 +177,14 @@ def sweep(storage: Storage, purpose: str) -> None:
         sweep_held(held)
 
 
-def sweep_held(held: Storage) -> tuple[str, ...]:
+def sweep_held(held: Storage, *, everything: bool = False) -> tuple[str, ...]:
     """The same for who holds the whole store; returns what was removed.
 
     Shards and stores are written under a lease, so what other claims left is nobody's; other files may be on their way into place
     without one, and go when they are as old as a dead claim.
+
+    Args:
+        everything: remove files of any age.
     """
     own = f"{CLAIM}{held.claim}", f"{SCRATCH}{held.claim}", PurePosixPath(claim_key(str(held.claim))).name
     entries = list(held.entries(STAGING))
@@ -191,7 +194,7 @@ def sweep_held(held: Storage) -> tuple[str, ...]:
         parts = PurePosixPath(entry.key).relative_to(STAGING).parts
         if any(part.startswith(own) for part in parts):
             continue
-        if parts[0].startswith(_UNDER_LEASE) or abs(now - entry.modified_s) > EXPIRY_S:
+        if everything or parts[0].startswith(_UNDER_LEASE) or abs(now - entry.modified_s) > EXPIRY_S:
             held.delete(entry.key)
             removed.append(entry.key)
     if isinstance(held, Folder):

@@ -231,15 +231,20 @@ class Manifest:
             )
         fields = {name: value for name, value in record.items() if name not in ("schema_version", "fingerprints")}
         manifest = parse(cls, fields, where, "2")
+        expected = {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint}
+        if (got := record.get("fingerprints")) != expected:
+            raise StoreFormatError(f"fingerprints: got {got!r:.200}, expected {expected} from the fields ({where})")
         parse(SignalRecord, manifest.signal, f"{where}: signal", "2.4")
         parse(DataRecord, manifest.data, f"{where}: data", "10.1")
         parse(list[RunRecord], manifest.runs, f"{where}: runs", "10.6")
         if manifest.alignment is not None:
             parse(AlignmentRecord, manifest.alignment, f"{where}: alignment", "2")
-        expected = {"signal": manifest.signal_fingerprint, "data": manifest.data_fingerprint}
-        if (got := record.get("fingerprints")) != expected:
-            raise StoreFormatError(f"fingerprints: got {got!r:.200}, expected {expected} from the fields ({where})")
-        if found := list(_contradictions(manifest)):
+        lost = [
+            f"{name}.{field} is missing"
+            for name in ("spec", "teacher")
+            for field in getattr(manifest, name).missing_in(record[name])
+        ]
+        if found := [*lost, *_contradictions(manifest)]:
             raise StoreFormatError(f"{where}: {'; '.join(found[:_MOST_NAMED])}; it was changed")
         return manifest
 
@@ -342,7 +347,7 @@ def _data_contradictions(manifest: Manifest) -> Iterator[str]:
     first = [run["first_part"] for run in manifest.runs]
     if first != sorted(set(first)) or bool(parts) != bool(first) or (first and (first[0] or first[-1] >= len(parts))):
         yield f"runs: begin with parts {first[:8]}, expected increasing numbers from 0 to below {len(parts)} (FORMAT.md 10.6)"
-    for run, stop in zip(manifest.runs, [*first[1:], len(parts)], strict=True):
+    for run, stop in zip(manifest.runs, [*first[1:], len(parts)], strict=False):
         if "windows" in run and len(run["windows"]) != stop - run["first_part"]:
             yield f"runs: {len(run['windows'])} windows for parts {run['first_part']} to {stop - 1} (FORMAT.md 10.6)"
 

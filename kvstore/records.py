@@ -178,8 +178,9 @@ def unseal(storage: Storage, key: str) -> Sealed:
         StoreFormatError: not a regular file, too large, not JSON, not sealed, or changed since it was written.
     """
     where = f"{storage.location}/{key}"
-    record = parse_json(storage.read(key, most_bytes=MAX_RECORD_BYTES), where)
+    content = storage.read(key, most_bytes=MAX_RECORD_BYTES)
     try:
+        record = json.loads(content)
         seal = record.pop("sha256")
         text = canonical_json(record)
         actual = bytes_sha256(text.encode())

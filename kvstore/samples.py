@@ -109,19 +109,18 @@ def column_digest(column: pa.ChunkedArray) -> str:
 
 
 def _read_table(storage: Storage, key: str, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
-    """Columns of a parquet file of unknown origin: its content proved by the hash in its name, its types and values by the schema.
+    """Columns of a parquet file of unknown origin: its types by the schema, a summary's content by the hash in its name.
 
     Read in this thread alone: threads of `read_table` may let go of our bytes while the interpreter ends, and abort it.
     """
     where = f"{storage.location}/{key}"
-    match = _SUMMARY.fullmatch(key) or _PART.fullmatch(key)
-    assert match is not None
     try:
         content = storage.read(key, most_bytes=MAX_RECORD_BYTES)
     except FileNotFoundError:
-        raise StoreFormatError(f"{where}: missing parquet; {_REMEDY}") from None
-    if not bytes_sha256(content).startswith(match["own"]):
-        raise StoreFormatError(f"{where}: its content does not hash to its name; damaged parquet. {_REMEDY}")
+        raise StoreFormatError(f"{where}: missing or damaged parquet; {_REMEDY}") from None
+    named = _SUMMARY.fullmatch(key)
+    if named is not None and not bytes_sha256(content).startswith(named["own"]):
+        raise StoreFormatError(f"{where}: its content does not hash to its name; it is damaged. {_REMEDY}")
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         found = file.schema_arrow

@@ -6,12 +6,13 @@ Knows no model, no array library and no file: these are plain records that cross
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kvstore.records import STRICT, parse
+from kvstore.errors import StoreFormatError
+from kvstore.records import STRICT, differences, parse, plain
 
 KeyDomain = Literal["pre_rope", "post_rope"]
 RopeKind = Literal["half", "interleaved"]
@@ -134,7 +135,17 @@ class KVSpec:
         Raises:
             StoreFormatError: a field is missing, unknown, of another type or out of range.
         """
-        return parse(cls, record, "spec", "2")
+        spec = parse(cls, record, "spec", "2")
+        if missing := list(spec.missing_in(record)):
+            raise StoreFormatError(f"spec: {', '.join(missing)} missing; expected the fields of KVSpec (FORMAT.md 2)")
+        return spec
+
+    def missing_in(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """Fields with a default that this spec's record leaves out: a record is written with all, so somebody took them away. `latent` is
+        younger than the format."""
+        for found in differences(dict(record), plain(self.to_json())):
+            if not found.field.endswith(".latent"):
+                yield found.field
 
 
 def format_layers(numbers: Iterable[int]) -> str:

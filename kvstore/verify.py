@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+import pyarrow as pa
 
 from kvstore.arrays import (
     array_key,
@@ -44,9 +45,20 @@ from kvstore.manifest import (
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256, fingerprint, plain
 from kvstore.repeats import read_part_repeats, read_repeats
-from kvstore.samples import Summary, column_digest, is_part, is_summary, part_key, read_part, read_summary, rows_of, summary_of
+from kvstore.samples import (
+    HASH_DIGITS,
+    Summary,
+    column_digest,
+    is_part,
+    is_summary,
+    part_key,
+    read_part,
+    read_summary,
+    rows_of,
+    summary_of,
+)
 from kvstore.spec import KVSpec
-from kvstore.storage import Storage, locate
+from kvstore.storage import MAX_RECORD_BYTES, Storage, locate
 from kvstore.strangers import Strangers, find_strangers
 
 Progress = Callable[[int, int], object]
@@ -58,7 +70,7 @@ class Problem:
     """One thing that is wrong."""
 
     part: str
-    """What is damaged: `manifest`, `metadata`, `calibration`, `tokenizer`, `projection`, `gate`, `tables`, `dropped`, `data`, `commit`,
+    """What is damaged: `manifest`, `metadata`, `tokenizer`, `projection`, `gate`, `tables`, `data`, `commit`,
     `shard` or `unlisted`; decides how it is mended."""
     message: str
     shard: int | None = None
@@ -83,6 +95,8 @@ class Report:
     """Files that belong to nothing committed and nothing at work: leftovers of killed writers. No reader sees them."""
     foreign: tuple[str, ...]
     """Files that are not kvpipe's: no damage, and nobody's concern."""
+    unlisted: tuple[str, ...]
+    """Files in tokenizer/ and projection/ that are not in the manifest and that another program would read: a problem each."""
     writers: tuple[str, ...]
     """Who is writing into the store now."""
 
@@ -150,7 +164,7 @@ class _Verification:
                 layers = read_small_array(self._storage, manifest, key).tolist()
                 if layers != list(group.layers):
                     self._add("metadata", f"{ARRAYS}/{key}: got {layers}, expected {list(group.layers)}")
-        with self._noting("calibration"):
+        with self._noting("metadata"):
             read_calibration(self._storage, manifest)
 
     def _files(self, manifest: Manifest) -> None:
@@ -159,11 +173,11 @@ class _Verification:
             for name, expected in files.items():
                 with self._noting(folder):
                     read_beside(self._storage, folder, {name: expected})
-        with self._noting("dropped"):
+        with self._noting("tables"):
             self._dropped = dropped_shards(self._storage)
             if (manifest.data.get("dropped") or None) != (fingerprint(list(self._dropped)) if self._dropped else None):
-                self._add("dropped", f"{SAMPLES}/dropped.json: not the list the manifest names; restore it, or drop again")
-        with self._noting("dropped"):
+                self._add("tables", f"{SAMPLES}/dropped.json: not the list the manifest names; restore it, or drop again")
+        with self._noting("tables"):
             read_repeats(self._storage, manifest)
         with self._noting("gate", f"; delete {GATE}, the next extraction makes it again"):
             read_gate(self._storage)
@@ -226,10 +240,17 @@ class _Verification:
         for key in keys:
             if is_part(key) and key not in summarised:
                 with self._noting("tables"):
-                    read_part(self._storage, key)
+                    self._part(key)
+
+    def _part(self, key: str) -> pa.Table:
+        with contextlib.suppress(FileNotFoundError):
+            content = self._storage.read(key, most_bytes=MAX_RECORD_BYTES)
+            if not key.endswith(f"-{bytes_sha256(content)[:HASH_DIGITS]}.parquet"):
+                raise KVStoreError(f"{key}: its content does not hash to its name")
+        return read_part(self._storage, key)
 
     def _table(self, key: str, summary: Summary, commits: Mapping[int, Commit], listed: list[int]) -> None:
-        rows = read_part(self._storage, part_key(key))
+        rows = self._part(part_key(key))
         if strangers := [name for name in rows.column_names if column_digest(rows[name]) != summary.digests[name]]:
             self._add("tables", f"{part_key(key)}: columns {', '.join(strangers)} are not what {key} says")
         if not set(listed) <= commits.keys():
@@ -247,7 +268,7 @@ class _Verification:
         gone = set(self._dropped.values())
         for number, part in enumerate(manifest.data_parts):
             shards = range(part["first_shard"], part["first_shard"] + part["num_shards"])
-            with self._noting("dropped"):
+            with contextlib.suppress(KVStoreError):  # repeats that cannot be read are a problem already
                 found = dict(read_part_repeats(self._storage, manifest, number))
                 if len(by_shard.keys() & set(shards[: len(by_shard) + 1])) < len(shards) or not found.keys() <= lengths.keys():
                     continue
@@ -382,6 +403,7 @@ class _Verification:
             problems=tuple(self._problems),
             orphans=strangers.orphans,
             foreign=strangers.foreign,
+            unlisted=strangers.misleading,
             writers=tuple(f"{claim.purpose} on {claim.host}, pid {claim.pid}" for claim in living.values()),
         )
 

@@ -70,16 +70,16 @@ def enter(run: Run, signal: Signal, executor: Executor) -> tuple[RunParts, Part]
     """The parts of the store this run is for, and the first: a new store's, one that is there already, or one to append."""
     # What was measured, so that a repair computes in batches of the same size.
     settings = {**run_record(run.config, run.resolved), "batch_tokens": signal.job.batch_tokens}
-    parts = RunParts(run.storage, settings, run.seq_len, append=run.config.append)
+    parts = RunParts(locate(run.storage.location), settings, run.seq_len, append=run.config.append)
     try:
         store = Store(run.storage)
     except StoreNotFoundError:
         _create(run, signal, executor, settings)
-        return parts, parts.begin(run.first)
+        return parts, parts.begin(run.first, run.storage)
     stored = {name: value for name, value in store.manifest.signal.items() if name != "calibration"}
     refuse_mismatch(run.storage.location, stored=stored, wanted=signal.record, what="the signal")
     name_dropped(run.storage)
-    part = parts.begin(run.first)
+    part = parts.begin(run.first, run.storage)
     if part.is_new:
         known = len(run.first.samples) - part.num_new
         more = "" if run.first.last else ", more to come"

@@ -111,8 +111,8 @@ def extract(
         _announce(run, signal)
         if storage.size(MANIFEST) is None:
             refuse_small_budget(config.max_bytes, tokenizer, signal.stored)
-        with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=say):
-            parts, part = enter(run, signal, executor)
+        with lease(run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=say) as held:
+            parts, part = enter(dataclasses.replace(run, storage=held), signal, executor)
         first.forget_samples()
         results, seconds = _run_tasks(run, executor, signal, windows, parts, part, stop)
         store = Store(storage)
@@ -318,13 +318,13 @@ def _run_tasks(
             f"stopped before --max-bytes {run.config.max_bytes:,}: {budget.used_bytes:,} bytes are in the store with its tables, and the next shard or window "
             "could pass the limit; what is committed can be used, and the same command with a larger limit goes on"
         )
-    with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say):
-        compact(run.storage)
+    with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say) as held:
+        compact(held)
         trim_heap()
         seconds = time.perf_counter() - started
         if stop.requested:
             raise stop.interrupted(_how_far(run.storage))
-        gate_after(run, signal, executor)
+        gate_after(dataclasses.replace(run, storage=held), signal, executor)
     return results, seconds
 
 

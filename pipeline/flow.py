@@ -18,6 +18,7 @@ from kvstore import Store
 from kvstore.commits import committed_shards
 from kvstore.compaction import compact
 from kvstore.lease import LAYOUT, lease
+from kvstore.storage import Storage
 from pipeline.config import ExtractConfig
 from pipeline.data.windows import Window, Windows
 from pipeline.enter import Run
@@ -44,6 +45,8 @@ class _Open:
     """A window some of whose tasks are not done."""
 
     lease: contextlib.ExitStack
+    held: Storage
+    """The store, to be written under that lease."""
     todo: set[int]
     """Shards still to be committed."""
     fresh: list[int]
@@ -129,8 +132,8 @@ class TaskFlow:
                 self._stored(share)
                 continue
             yield item
-            with lease(self._run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=self._run.say):
-                part = self._parts.enter(item)
+            with lease(self._run.storage, LAYOUT, LAYOUT + 1, PURPOSE, wait=self._run.say) as held:
+                part = self._parts.enter(item, held)
             item.forget_samples()
             yield from self._enter(part, number, last=item.last)
 
@@ -159,20 +162,20 @@ class TaskFlow:
         self._planned_tokens += sum(task.num_tokens for task in tasks)
         self._is_planned = last
         committed = set() if part.is_new else committed_shards(self._run.storage) & {task.shard for task in tasks}
-        held = contextlib.ExitStack()
-        held.enter_context(lease(self._run.storage, self.range.start, self.range.stop, PURPOSE))
+        open_lease = contextlib.ExitStack()
+        held = open_lease.enter_context(lease(self._run.storage, self.range.start, self.range.stop, PURPOSE))
         if committed:
             self._run.say(f"resuming {self._run.storage.location}: {len(committed)} of {len(tasks)} shards are committed")
             self._stored(sum(task.num_tokens for task in tasks if task.shard in committed))
         shards = [task.shard for task in tasks if task.shard not in committed]
-        self._open[part.number] = _Open(lease=held, todo=set(shards), fresh=shards)
+        self._open[part.number] = _Open(lease=open_lease, held=held, todo=set(shards), fresh=shards)
         if not shards:
             self._close(part.number)
         tasks.reverse()
         while tasks:  # each is let go of when it is handed out: the next window takes its place in memory
             task = tasks.pop()
             if task.shard not in committed:
-                yield task
+                yield dataclasses.replace(task, claim=held.claim)
 
     def _close(self, number: int) -> None:
         window = self._open.pop(number)
@@ -182,7 +185,7 @@ class TaskFlow:
             self._closed += 1
             if self._closed % COMPACT_WINDOWS == 0 and self._fresh:
                 # Under a lease, for a drop at the same time would find its texts written into a table again.
-                compact(self._run.storage, self._fresh)
+                compact(window.held, self._fresh)
                 self._fresh = []
                 trim_heap()
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import transformers
 
+from kvstore import KVStoreError
 from kvstore.codec import Codec, format_codecs
 from kvstore.records import plain
 from kvstore.spec import KVSpec, format_layers
@@ -60,13 +61,35 @@ def signal_record(
     return cast(dict[str, Any], plain(signal))
 
 
+_NOT_RECORDED = frozenset(
+    {
+        *("out", "append", "accept_fidelity", "max_bytes", "task_range"),
+        *("workers", "ray_address", "gpus_per_worker", "device", "grace_s", "on_bad_sample", "gate_tokens"),
+    }
+)
+"""Settings that shape no sample, or that belong to the machine they were given on."""
+
+
+def recorded_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a manifest keeps of an extraction's settings, read back.
+
+    Raises:
+        KVStoreError: there are settings that no extraction records: whoever made the store wants them obeyed on this machine.
+    """
+    if strangers := sorted(settings.keys() - (ExtractConfig.model_fields.keys() - _NOT_RECORDED)):
+        raise KVStoreError(
+            f"runs: the settings of the store at {where} have {', '.join(strangers)[:200]}, which no extraction records; it was changed. "
+            "Nothing was read or written; give your own settings, or extract again"
+        )
+    return dict(settings)
+
+
 def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]:
     """The settings of an extraction as its manifest keeps them, so that `repair` can run it again from anywhere."""
     teacher = resolved.id_or_path if resolved.preset is None else config.teacher
     data = tuple(_absolute(part) for part in config.data)
     settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
-    here = {"workers", "ray_address", "gpus_per_worker", "device", "grace_s", "on_bad_sample", "gate_tokens"}
-    return settings.model_dump(mode="json", exclude={"out", "append", "accept_fidelity", "max_bytes", "task_range", *here})
+    return settings.model_dump(mode="json", exclude=set(_NOT_RECORDED))
 
 
 def _absolute(part: str) -> str:

@@ -85,8 +85,11 @@ class RunParts:
         self._run: int | None = None
         self._known = IdSet()
 
-    def begin(self, window: Window) -> Part:
+    def begin(self, window: Window, held: Storage) -> Part:
         """Enter the first window: find the run it begins, or begin a new one.
+
+        Args:
+            held: the store, under a lease on its manifest.
 
         Raises:
             FingerprintMismatchError: the store is for other data; every differing field is named.
@@ -107,7 +110,7 @@ class RunParts:
         if self._run is not None:
             return self._found(store.manifest, runs[self._run]["first_part"], window)
         self._run = len(runs)
-        return self._add(store.manifest, window, [*runs, run_of(self._settings, len(parts), window)])
+        return self._add(store.manifest, window, [*runs, run_of(self._settings, len(parts), window)], held)
 
     def recorded(self, number: int) -> Recorded | None:
         """A window of this run as the store has it, if it has one after it too."""
@@ -125,8 +128,8 @@ class RunParts:
             consumed=Consumed(**windows[number]),
         )
 
-    def enter(self, window: Window) -> Part:
-        """Enter a later window: find its part, or add it.
+    def enter(self, window: Window, held: Storage) -> Part:
+        """Enter a later window: find its part, or add it; arguments as of `begin`.
 
         Raises:
             FingerprintMismatchError: the store's run goes on with other data than this one.
@@ -145,9 +148,9 @@ class RunParts:
                 "with --append, or choose another --out"
             )
         runs = [*manifest.runs]
-        windows = [*run["windows"], dataclasses.asdict(window.consumed)]
+        windows = [*run.get("windows", ()), dataclasses.asdict(window.consumed)]
         runs[self._run] = {**run, "complete": window.last, "windows": windows}
-        return self._add(manifest, window, runs)
+        return self._add(manifest, window, runs, held)
 
     def ids_of(self, store: Store, number: int) -> list[str]:
         """Ids of all samples of a part whose shards are all committed: stored by it, known before, or dropped since."""
@@ -190,7 +193,7 @@ class RunParts:
             )
         return Part(number=number, first_shard=record["first_shard"], tasks=tasks, num_new=len(fresh), is_new=False)
 
-    def _add(self, manifest: Manifest, window: Window, runs: list[dict[str, Any]]) -> Part:
+    def _add(self, manifest: Manifest, window: Window, runs: list[dict[str, Any]], held: Storage) -> Part:
         """Make room for samples the store does not have; those it has are counted once more and not stored again."""
         planned, number = manifest.layout.num_shards, len(manifest.data_parts)
         longest = max((len(sample.input_ids) for sample in window.samples), default=0)
@@ -203,9 +206,9 @@ class RunParts:
         fresh, tasks = self._plan(manifest, window, planned)
         record = {**data_record(window.samples, self._seq_len), "first_shard": planned, "num_shards": len(tasks)}
         if counts:
-            record["repeats"] = write_repeats(self._storage, number, counts)
+            record["repeats"] = write_repeats(held, number, counts)
         extend_store(
-            self._storage,
+            held,
             dataclasses.replace(
                 manifest,
                 layout=dataclasses.replace(manifest.layout, num_shards=planned + len(tasks)),

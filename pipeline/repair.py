@@ -6,26 +6,29 @@ store still holds where its commit record is whole, by planning the data again w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from kvstore import KVStoreError, Store
+from kvstore import KVStoreError, Store, StoreFormatError
 from kvstore.arrays import open_array, shard_key, unreachable
 from kvstore.commits import Commit, SampleRow, commit_key, read_commit, sample_id
 from kvstore.compaction import compact
+from kvstore.create import restore_metadata
 from kvstore.drop import read_dropped
-from kvstore.lease import EVERYTHING, lease
-from kvstore.manifest import SAMPLES, refuse_mismatch
+from kvstore.lease import EVERYTHING, lease, sweep_held
+from kvstore.manifest import GATE, SAMPLES, read_manifest, refuse_mismatch
 from kvstore.records import bytes_sha256
+from kvstore.samples import is_part, is_summary
 from kvstore.storage import Storage, locate
 from kvstore.verify import Progress, Report, verify_store
 from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
 from pipeline.extract import batch_tokens_of, extract, make_executor
-from pipeline.identity import signal_record
+from pipeline.identity import recorded_settings, signal_record
 from pipeline.models.load import load_tokenizer
 from pipeline.models.resolve import resolve_model
 from pipeline.tasks import Task, TaskSample
@@ -33,7 +36,7 @@ from pipeline.worker import Job
 
 Say = Callable[[str], None]
 
-_MENDABLE = {"shard", "commit", "tables", "gate"}
+_MENDABLE = {"shard", "commit", "tables", "gate", "unlisted"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,8 @@ def repair_store(
 ) -> RepairSummary:
     """Verify, mend, and verify again.
 
+    A store may come from anybody: of its recorded settings only those an extraction records are used, and what is read is said before.
+
     Args:
         settings: of the extraction to run instead of the recorded ones: `teacher`, `data`, `device`, `workers` and so on.
 
@@ -67,7 +72,12 @@ def repair_store(
         LeaseHeldError: somebody is writing into the store.
     """
     storage = locate(location)
-    with lease(storage, *EVERYTHING, f"kvpipe repair {storage.location}"):
+    with contextlib.suppress(StoreFormatError):  # verification names what is wrong with it
+        read_manifest(storage)  # a wrong path is refused before a lease lies there
+    with lease(storage, *EVERYTHING, f"kvpipe repair {storage.location}") as held:
+        with contextlib.suppress(StoreFormatError):
+            for key in restore_metadata(held, read_manifest(held)):
+                say(f"made again from the manifest: {key}")
         found = verify_store(storage.location, deep=deep, progress=progress)
         hopeless = [problem.message for problem in found.problems if problem.part not in _MENDABLE]
         if hopeless:
@@ -75,21 +85,25 @@ def repair_store(
                 "this cannot be made again by extracting; restore it from a copy, or extract into a new folder:\n  "
                 + "\n  ".join(hopeless)
             )
-        removed = _remove_orphans(storage, found)
-        known, lost = _sort_bad_shards(storage, found)
+        removed = _remove_orphans(held, found)
+        for key in found.unlisted:
+            held.write(f"{key}.unlisted", held.read(key), replace=True)
+            held.delete(key)
+            say(f"put aside, because the manifest does not list it: {key} is now {key}.unlisted")
+        known, lost = _sort_bad_shards(held, found)
         if any(problem.part == "tables" for problem in found.problems) or found.bad_shards:
-            _delete_tables(storage)
+            _delete_tables(held)
         if any(problem.part == "gate" for problem in found.problems):
-            storage.delete("gate.json")
+            held.delete(GATE)
         if known:
             say(f"extracting again: shard {', '.join(str(commit.shard) for commit in known)}")
-            lost += _extract_again(storage, known, settings or {}, say)
+            lost += _extract_again(held, known, settings or {}, say)
         for shard in lost:
-            storage.delete(commit_key(shard))
-        compact(storage)
+            held.delete(commit_key(shard))
+        compact(held)
     if lost:
         say(f"planning the data again for shard {', '.join(map(str, lost))}")
-        for config in _configs_of(storage, lost, settings or {}):
+        for config in _configs_of(storage, lost, settings or {}, say):
             extract(config, resolve_model(config.teacher, config.revision), say)
     return RepairSummary(
         shards=tuple(sorted({commit.shard for commit in known} | set(lost))),
@@ -98,13 +112,11 @@ def repair_store(
     )
 
 
-def _remove_orphans(storage: Storage, found: Report) -> tuple[str, ...]:
-    """Our own lease is alive, so staging is not among the orphans yet: nobody else writes, all of it but leases goes."""
-    staged = [entry.key for entry in storage.entries(".staging") if not entry.key.startswith(".staging/leases/")]
-    removed = sorted({*found.orphans, *staged})
-    for key in removed:
-        storage.delete(key)
-    return tuple(removed)
+def _remove_orphans(held: Storage, found: Report) -> tuple[str, ...]:
+    """Nobody else writes: staging, which is not among the orphans while our own lease lives, goes too."""
+    for key in found.orphans:
+        held.delete(key)
+    return tuple(sorted({*found.orphans, *sweep_held(held, everything=True)}))
 
 
 def _sort_bad_shards(storage: Storage, found: Report) -> tuple[list[Commit], list[int]]:
@@ -122,20 +134,21 @@ def _sort_bad_shards(storage: Storage, found: Report) -> tuple[list[Commit], lis
 
 def _delete_tables(storage: Storage) -> None:
     for entry in [*storage.entries(SAMPLES)]:
-        if entry.key.endswith(".parquet"):
+        if is_part(entry.key) or is_summary(entry.key):
             storage.delete(entry.key)
 
 
-def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[str, Any], say: Say) -> list[int]:
+def _extract_again(held: Storage, commits: Sequence[Commit], settings: dict[str, Any], say: Say) -> list[int]:
     """Compute shards from the samples their commits name; returns those whose tokens are lost."""
-    store = Store(storage, commits)
-    config = _recorded_config(store, commits[0].shard, settings)
+    store = Store(held, commits)
+    config = _recorded_config(store, commits[0].shard, settings, say)
     resolved = resolve_model(config.teacher, config.revision)
     tokenizer = load_tokenizer(resolved.path)
     tasks, lost = _tasks_of(store, commits, tokenizer)
     if not tasks:
         return lost
-    executor = make_executor(config, resolved, storage, say)
+    tasks = [dataclasses.replace(task, claim=held.claim) for task in tasks]
+    executor = make_executor(config, resolved, held, say)
     try:
         manifest = store.manifest
         alignment = None if manifest.alignment is None else Alignment.from_json(manifest.alignment)
@@ -147,13 +160,13 @@ def _extract_again(storage: Storage, commits: Sequence[Commit], settings: dict[s
             manifest.spec,
             alignment,
             codecs,
-            manifest.signal["template"],
+            manifest.signal.get("template"),
             manifest.is_response_only,
         )
         stored = {name: value for name, value in manifest.signal.items() if name != "calibration"}
-        refuse_mismatch(storage.location, stored=stored, wanted=wanted, what="the signal")
+        refuse_mismatch(held.location, stored=stored, wanted=wanted, what="the signal")
         job = Job(
-            store=storage.location,
+            store=held.location,
             layers=manifest.spec.layer_numbers,
             alignment=alignment.to_json() if alignment and alignment.baked else None,
             batch_tokens=batch_tokens_of(config, executor, manifest.spec.layer_numbers),
@@ -232,11 +245,11 @@ def _tokens_of(store: Store, row: SampleRow, tokenizer: Any) -> np.ndarray | Non
     return None
 
 
-def _recorded_config(store: Store, shard: int, settings: dict[str, Any]) -> ExtractConfig:
-    """The settings of the part a shard belongs to, with what the caller changes.
+def _recorded_config(store: Store, shard: int, settings: dict[str, Any], say: Say) -> ExtractConfig:
+    """The settings of the part a shard belongs to, with what the caller changes; what will be read is said.
 
     Raises:
-        KVStoreError: the part was not extracted.
+        KVStoreError: the part was not extracted, or its settings hold what no extraction records.
     """
     parts = store.manifest.data_parts
     for run in reversed(store.manifest.runs):
@@ -246,14 +259,25 @@ def _recorded_config(store: Store, shard: int, settings: dict[str, Any]) -> Extr
                     f"shard {shard}: it was not extracted but made from other stores ({run}); verify and repair those, and make "
                     "this one again"
                 )
-            recorded = {**run["settings"], "out": store.location, "accept_fidelity": True}
-            return ExtractConfig.model_validate({**recorded, **settings})
+            recorded = recorded_settings(run["settings"], store.location)
+            config = ExtractConfig.model_validate({**recorded, "out": store.location, "accept_fidelity": True, **settings})
+            named = {
+                "teacher": config.teacher,
+                "data": ", ".join(config.data),
+                "student": config.student,
+                "--calibration": config.calibration,
+            }
+            reads = "; ".join(f"{name} {value}" for name, value in named.items() if value)
+            say(f"as {'these settings say' if settings else 'the store records'}, this reads {reads}")
+            return config
     raise KVStoreError(f"shard {shard}: no run of the manifest made it ({store.location})")
 
 
-def _configs_of(storage: Storage, shards: Iterable[int], settings: dict[str, Any]) -> list[ExtractConfig]:
+def _configs_of(storage: Storage, shards: Iterable[int], settings: dict[str, Any], say: Say) -> list[ExtractConfig]:
     """The extractions that will fill these shards, one for each part concerned."""
-    store = Store(storage)
-    return list(
-        {config.model_dump_json(): config for config in (_recorded_config(store, s, settings) for s in shards)}.values()
-    )
+    store, configs = Store(storage), dict[str, ExtractConfig]()
+    for shard in shards:
+        config = _recorded_config(store, shard, settings, lambda _: None)
+        if config.model_dump_json() not in configs:
+            configs[config.model_dump_json()] = _recorded_config(store, shard, settings, say)
+    return list(configs.values())

@@ -51,6 +51,8 @@ class Task:
 
     shard: int
     samples: tuple[TaskSample, ...]
+    claim: str | None = None
+    """Under which the shard is written, by whatever process (`kvstore.lease`)."""
 
     @property
     def num_tokens(self) -> int:

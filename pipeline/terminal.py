@@ -92,7 +92,9 @@ def report_lines(report: Report) -> list[str]:
         )
     lines += [f"  in use by  {writer}" for writer in report.writers]
     if report.foreign:
-        lines.append(f"  not ours  {len(report.foreign)} files that kvpipe did not write and does not read, such as {report.foreign[0]}")
+        lines.append(
+            f"  not ours  {len(report.foreign)} files that kvpipe did not write and does not read, such as {report.foreign[0]}"
+        )
     if report.orphans:
         size = f"{len(report.orphans)} leftover files of killed writers, such as {report.orphans[0]}"
         lines.append(f"  {size}; harmless, 'kvpipe repair' removes them")

@@ -26,7 +26,7 @@ from kvstore.calibration import Calibration, ChannelMoments, calibration_mask, p
 from kvstore.codec import KINDS, Kind, format_codecs, parse_codecs
 from kvstore.manifest import read_manifest
 from kvstore.spec import KVSpec
-from kvstore.storage import locate
+from kvstore.storage import Storage, locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment
 from pipeline.feed import Feed, StoreCodec, as_numpy
@@ -198,7 +198,7 @@ class Worker:
         """
         codec = self._codec_for(job.store, task.shard)
         rows = [sample.row for sample in task.samples]
-        writer = ShardWriter(locate(job.store), codec.manifest, codec.calibration, task.shard, rows)
+        writer = ShardWriter(_fenced(job, task), codec.manifest, codec.calibration, task.shard, rows)
         feed = Feed(writer, codec)
         compute_s = 0.0
         kept = self._kept.pop(task.shard, None)
@@ -281,6 +281,12 @@ class Worker:
     def _compute(self, job: Job, task: Task, on_layer: OnLayer) -> None:
         alignment = None if job.alignment is None else Alignment.from_json(job.alignment)
         self._teacher.compute(task.samples, job.layers, alignment, job.batch_tokens, on_layer)
+
+
+def _fenced(job: Job, task: Task) -> Storage:
+    """The store, to be written only as long as the claim on the task's shard holds."""
+    storage = locate(job.store)
+    return storage if task.claim is None else storage.fenced(task.claim)
 
 
 def _num_bytes(captured: Iterable[_Captured]) -> int:

@@ -29,11 +29,12 @@ ROPE = RopeSpec(kind="half", inv_freq=(1.0, 0.1, 0.01, 0.001))
 
 
 def small_spec(num_layers: int = 3, num_kv_heads: int = 2, dim: int = 8, dtype: Dtype = "float32") -> KVSpec:
+    rope = ROPE if dim >= ROPE.rotary_dim else dataclasses.replace(ROPE, inv_freq=ROPE.inv_freq[: dim // 2])
     return KVSpec(
         layers=tuple(
             LayerSpec(layer=layer, num_kv_heads=num_kv_heads, key_dim=dim, value_dim=dim, rope=0) for layer in range(num_layers)
         ),
-        ropes=(ROPE,),
+        ropes=(rope,),
         dtype=dtype,
     )
 

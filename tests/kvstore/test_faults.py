@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -35,7 +36,8 @@ from kvstore.compaction import compact
 from kvstore.drop import drop_samples, read_dropped
 from kvstore.errors import StoreWriteError
 from kvstore.gate import read_gate, write_gate
-from kvstore.records import canonical_json
+from kvstore.records import canonical_json, fingerprint
+from kvstore.repeats import write_repeats
 from kvstore.samples import ROWS
 from kvstore.storage import locate
 from kvstore.verify import verify_store
@@ -104,13 +106,13 @@ def rewrite(file: Path, change: Callable[[bytes], bytes]) -> None:
     file.write_bytes(change(file.read_bytes()))
 
 
-def edit_json(file: Path, change: Callable[[dict[str, object]], object]) -> None:
+def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     record = json.loads(file.read_text())
     change(record)
     file.write_text(json.dumps(record))
 
 
-def reseal(file: Path, change: Callable[[dict[str, object]], object]) -> None:
+def reseal(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a record and give it a seal that fits, as a writer with a bug would."""
 
     def resealed(record: dict[str, object]) -> None:
@@ -225,6 +227,12 @@ def add_part(store: Path) -> None:
     """One more part of the data, which had sample 0 twice more."""
     add_repeats(store, 0, 2)
     assert open_store(store).samples.count.tolist() == [3, *[1] * 7]
+
+
+def plan_shards(manifest: dict[str, Any], num_shards: int) -> None:
+    """Make a manifest say that there are so many shards, in all places."""
+    manifest["layout"]["num_shards"] = manifest["data"]["parts"][0]["num_shards"] = num_shards
+    manifest["fingerprints"]["data"] = fingerprint(manifest["data"])
 
 
 def drop_one(store: Path) -> None:
@@ -458,14 +466,14 @@ FAULTS = [
     ),
     Fault(
         name="manifest older than the data",
-        damage=on("manifest.json", lambda f: reseal(f, lambda d: d["layout"].update(num_shards=4))),
+        damage=on("manifest.json", lambda f: reseal(f, lambda d: plan_shards(d, 4))),
         part="commit",
         shard=None,
         raises="shard 4: committed, but the manifest has 4 shards",
     ),
     Fault(
         name="manifest newer than the arrays",
-        damage=on("manifest.json", lambda f: reseal(f, lambda d: d["layout"].update(num_shards=9))),
+        damage=on("manifest.json", lambda f: reseal(f, lambda d: plan_shards(d, 9))),
         part="metadata",
         shard=None,
         raises=r"zarr\.json: token axis of 640, expected 1152 or more",

@@ -608,7 +608,9 @@ def test_repeats_count_once_the_manifest_names_them(store_path: Path) -> None:
     digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
     (store_path / "samples/repeats-00001.json").write_text(json.dumps({**body, "sha256": digest}))
     assert set(open_store(store_path).samples.count) == {1}
-    data = {**manifest_of(store_path)["data"], "parts": [{}, {"repeats": digest}]}
+    data = manifest_of(store_path)["data"]
+    (part,) = data["parts"]
+    data["parts"].append({**part, "first_shard": part["num_shards"], "num_shards": 0, "repeats": digest})
     fingerprint = hashlib.sha256(canonical_json(data).encode()).hexdigest()
     signal = manifest_of(store_path)["fingerprints"]["signal"]
     reseal(store_path / "manifest.json", data=data, fingerprints={"signal": signal, "data": fingerprint})
