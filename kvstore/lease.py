@@ -54,7 +54,7 @@ class Claim:
     pid: Annotated[int, pydantic.Field(ge=1, le=INT32_MAX)]
     machine: Text
     """Boot and process namespace: within one, a pid means the same process."""
-    started_s: float
+    started_s: Annotated[float, pydantic.Field(ge=0, le=2**36)]
     """When that process started, which tells it from a later one of the same number."""
 
     def overlaps(self, first: int, stop: int) -> bool:

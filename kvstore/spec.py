@@ -143,7 +143,7 @@ class KVSpec:
     def missing_in(self, record: Mapping[str, Any]) -> Iterator[str]:
         """Fields with a default that this spec's record leaves out: a record is written with all, so somebody took them away. `latent` is
         younger than the format."""
-        for found in differences(dict(record), plain(self.to_json())):
+        for found in differences(plain(record), plain(self.to_json())):
             if not found.field.endswith(".latent"):
                 yield found.field
 

@@ -430,7 +430,8 @@ def _bits_problem(manifest: Manifest, commit: Commit, array: str, content: bytes
             chunks = manifest.layout.shard_tokens // manifest.layout.chunk_tokens
             for layer, size in zip(group.layers, chunk_bytes(content, len(group.layers), chunks), strict=True):
                 bits = 8.0 * size / _num_values(manifest, commit, layer, kind)
-                told = commit.fidelity[str(layer)][kind]["bits"] if str(layer) in commit.fidelity else None
+                measured = commit.fidelity.get(str(layer), {}).get(kind)
+                told = measured["bits"] if measured else None
                 if bits != told:
                     return f"layer {layer}, {kind} takes {bits} bits a value, its record says {told}"
     return None

@@ -207,13 +207,12 @@ def _tasks_of(store: Store, commits: Iterable[Commit], tokenizer: Any) -> tuple[
 def _beside_of(store: Store, commit: Commit) -> dict[str, np.ndarray] | None:
     """What else the store has of each row of a shard, None where it is damaged: no id proves it, only the object's own hash."""
     found = {}
-    stored = {entry.path: entry.sha256 for entry in commit.objects}
+    stored = {entry.path: entry for entry in commit.objects}
     for name in store.manifest.token_arrays[1:]:
         key = shard_key(name, commit.shard)
-        try:
-            if bytes_sha256(store.storage.read(key)) != stored.get(key):
-                return None
-        except FileNotFoundError:
+        if key not in stored or store.storage.size(key) != stored[key].size_bytes:
+            return None
+        if bytes_sha256(store.storage.read(key)) != stored[key].sha256:
             return None
         shard_tokens = store.manifest.layout.shard_tokens
         rows = np.zeros(shard_tokens, dtype=np.uint8)
@@ -228,6 +227,8 @@ def _beside_of(store: Store, commit: Commit) -> dict[str, np.ndarray] | None:
 def _tokens_of(store: Store, row: SampleRow, tokenizer: Any) -> np.ndarray | None:
     """A sample's token ids from the grid, or from its text; what its id does not prove is not used."""
     try:
+        if store.storage.size(shard_key("input_ids", row.shard)) is None:  # a pipe would keep its reader waiting
+            raise FileNotFoundError
         rows = open_array(store.storage, store.manifest, "input_ids")[row.token_start : row.token_start + row.num_tokens]
         tokens = np.asarray(rows.read().result(), dtype=np.int32)
         if sample_id(tokens) == row.id:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from kvstore.records import Size, parse
 
 STAGES = ("compute", "copy", "encode", "write")
 """What happens to a batch, one after another; stages of different batches overlap."""
@@ -14,28 +18,33 @@ WAITING = "waiting"
 WINDOW_S = 60.0
 """Rates and shares are those of the last minute at least."""
 
+Seconds = Annotated[float, Field(ge=0, le=2**36)]
+Rate = Annotated[float, Field(ge=0)]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """The state of a run at one moment."""
 
-    time_s: float
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    time_s: Seconds
     """Seconds since 1970."""
-    seconds: float
+    seconds: Seconds
     """Since its tasks began."""
-    shards: int
+    shards: Size
     """Committed by this run; tokens and bytes likewise."""
-    tokens: int
-    stored_bytes: int
-    left_tokens: int | None
+    tokens: Size
+    stored_bytes: Size
+    left_tokens: Size | None
     """What this run has still to do; None where the end of the data is not known."""
-    tokens_per_s: float | None
+    tokens_per_s: Rate | None
     """None until a task came back that was computed, not only written because calibration had computed it."""
     shares: Mapping[str, float]
     """Of the workers' time, by stage. Stages overlap, so that the sum may pass 1."""
     bottleneck: str | None
     """The busiest stage, or `waiting`."""
-    eta_s: float | None
+    eta_s: Seconds | None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -45,9 +54,9 @@ class Reading:
         """Parse what `to_json` gave; other fields are left alone.
 
         Raises:
-            KeyError: a field is missing.
+            StoreFormatError: a field is missing, of another type or out of range.
         """
-        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
+        return parse(cls, record, "a reading", "12.2")
 
 
 def sentence(reading: Reading, device: str) -> str:

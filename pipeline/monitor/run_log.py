@@ -15,10 +15,15 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Required
 
+from pydantic import ConfigDict, Field, StringConstraints, with_config
+from typing_extensions import TypedDict
+
+from kvstore.errors import StoreFormatError
 from kvstore.manifest import PROGRESS
-from kvstore.storage import Entry, Storage
+from kvstore.records import Size, parse
+from kvstore.storage import MAX_RECORD_BYTES, Entry, Storage
 
 _FILE_BYTES = 256 * 2**10
 """A full file is left alone and another begun, so that a line costs no more than this."""
@@ -63,6 +68,23 @@ class RunLog:
             return False
 
 
+@with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
+class Line(TypedDict, total=False):
+    """What is read of a line; events of other versions may say more."""
+
+    event: Required[str]
+    time_s: Required[Annotated[float, Field(ge=0, le=2**36)]]
+    host: str
+    pid: int
+    device: str
+    error: str
+    sample: str
+    source: str
+    reason: str
+    committed: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], tuple[Size, Size]]
+    """Tokens and bytes by shard."""
+
+
 class LogReader:
     """Reads the logs of a store again and again; a file that did not change is read once."""
 
@@ -82,17 +104,15 @@ class LogReader:
 
     def _lines(self, key: str) -> list[dict[str, Any]]:
         try:
-            texts = self._storage.read(key).decode("utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
+            texts = self._storage.read(key, most_bytes=MAX_RECORD_BYTES).decode("utf-8", errors="replace").splitlines()
+        except (FileNotFoundError, StoreFormatError):
             return []
         return [record for text in texts if (record := _parse(text)) is not None]
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """A line of a log, None if it is none."""
+    """A line of a log, None if it is none: a log says nothing of what is stored, so what cannot be read of it is left out."""
     try:
-        record = json.loads(text)
-    except ValueError:
+        return dict(parse(Line, text, "a line of a log", "12.2"))
+    except StoreFormatError:
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("time_s"), float)
-    return record if whole else None

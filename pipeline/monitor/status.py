@@ -10,11 +10,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from kvstore.commits import read_commit
-from kvstore.errors import ShardNotCommittedError, StoreNotFoundError
+from kvstore.commits import read_commit, shard_of
+from kvstore.errors import ShardNotCommittedError, StoreFormatError, StoreNotFoundError
 from kvstore.lease import Holder, holders
 from kvstore.manifest import COMMITS, Manifest, read_manifest
 from kvstore.samples import listed_shards
@@ -134,8 +133,8 @@ class StatusReader:
 
     def _commits(self) -> dict[int, float]:
         """When each shard was committed."""
-        entries = ((PurePosixPath(entry.key), entry.modified_s) for entry in self._storage.entries(COMMITS))
-        return {int(path.stem): modified for path, modified in entries if path.suffix == ".json" and path.stem.isdecimal()}
+        entries = ((shard_of(entry.key), entry.modified_s) for entry in self._storage.entries(COMMITS))
+        return {shard: modified for shard, modified in entries if shard is not None}
 
     def _sizes_of(self, commits: Mapping[int, float], logs: Iterable[Log]) -> dict[int, tuple[int, int]]:
         """Tokens and bytes of every committed shard."""
@@ -179,7 +178,7 @@ def _at_work(logs: Mapping[str, Log], living: Sequence[Holder]) -> list[Log]:
 def _last_reading(log: Log) -> Reading | None:
     for line in reversed(log):
         if line["event"] in ("progress", "end"):
-            with contextlib.suppress(KeyError):  # of another version
+            with contextlib.suppress(StoreFormatError):  # of another version, or no reading at all
                 return Reading.from_json(line)
     return None
 
