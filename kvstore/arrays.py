@@ -110,7 +110,7 @@ def read_small_array(storage: Storage, manifest: Manifest, array: str) -> np.nda
         raise CorruptShardError(
             f"{where}: {len(content)} bytes, expected {size + 4} with a crc32c that fits; it is missing or damaged, restore it"
         )
-    return np.frombuffer(content[:size], dtype=expected.dtype).reshape(expected.shape)
+    return np.frombuffer(content[:size], dtype=expected.dtype).reshape(expected.shape).copy()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -246,9 +246,11 @@ class Manifest:
         ]
         if found := [*lost, *_contradictions(manifest)]:
             raise StoreFormatError(f"{where}: {'; '.join(found[:_MOST_NAMED])}; it was changed")
-        return manifest
+        # Plain values keep the order they were written in.
+        return dataclasses.replace(manifest, **{name: record[name] for name in _PLAIN_FIELDS})
 
 
+_PLAIN_FIELDS = ("alignment", "metadata", "tokenizer", "signal", "data", "runs")
 _MOST_NAMED = 5
 
 

@@ -179,10 +179,13 @@ class Folder:
             return file.read()
 
     def size(self, key: str) -> int | None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
             found = (self.root / key).stat()
-            return found.st_size if stat.S_ISREG(found.st_mode) else None
-        return None
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
+            raise
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         for folder, folders, names in os.walk(self.root / prefix, onerror=_refuse_unreadable):
@@ -281,11 +284,12 @@ class Folder:
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise StoreFormatError(f"{path}: {error.strerror}, expected a regular file; restore it") from error
             raise
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(descriptor)
+            kind = next((name for holds, name in _KINDS if holds(mode)), "something else")
+            raise StoreFormatError(f"{path}: is {kind}, expected a regular file; restore it")
         with os.fdopen(descriptor, "rb") as file:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                kind = next((name for holds, name in _KINDS if holds(mode)), "something else")
-                raise StoreFormatError(f"{path}: is {kind}, expected a regular file; restore it")
             yield file
 
     def _refuse_links(self, key: str) -> None:

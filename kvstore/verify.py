@@ -380,7 +380,8 @@ class _Verification:
     def _strangers(self, manifest: Manifest, commits: list[Commit], keys: list[str], living: dict[str, Claim]) -> Strangers:
         """Files nobody needs; while others write, what they are writing is not counted."""
         damaged = committed_shards(self._storage) - {commit.shard for commit in commits}
-        writing = [range(max(claim.first, 0), max(claim.stop, 0)) for claim in living.values()]
+        end = manifest.layout.num_shards
+        writing = [range(max(claim.first, 0), min(max(claim.stop, 0), end)) for claim in living.values()]
         found = find_strangers(manifest, commits, damaged, keys, writing, living)
         for key in found.misleading:
             self._add(

@@ -81,7 +81,9 @@ class Line(TypedDict, total=False):
     sample: str
     source: str
     reason: str
-    committed: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], tuple[Size, Size]]
+    committed: dict[
+        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], Annotated[list[Size], Field(min_length=2, max_length=2)]
+    ]
     """Tokens and bytes by shard."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -144,11 +145,9 @@ def array_metadata(store: Path, stream: random.Random) -> str:
     file.write_text(json.dumps(document))
     if stream.random() < 0.7:
         record = json.loads((store / "manifest.json").read_text())
-        try:
+        with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError, RecursionError):
             record["metadata"][file.relative_to(store / "kv.zarr").as_posix()] = metadata_fingerprint(document)
             reseal(store / "manifest.json", record)
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-            pass
     return f"{file.relative_to(store)}: {told}"
 
 
@@ -160,25 +159,32 @@ def table(store: Path, stream: random.Random) -> str:
     metadata = dict(shards.schema.metadata)
     is_rows = stream.random() < 0.5
     changed, told = _alter_table(rows if is_rows else shards, stream)
+    summary.unlink()
     if is_rows:
         rows = changed
-        pq.write_table(rows, part, compression="zstd", write_page_checksum=True)
-        named = hashlib.sha256(part.read_bytes()).hexdigest()[:16]
-        part.rename(part.with_name(f"part-{named}.parquet"))
-        try:
+        part.unlink()
+        with contextlib.suppress(TypeError, ValueError, pa.ArrowException, AttributeError, KeyError):
             digests = {name: column_digest(rows[name]) for name in rows.column_names}
             metadata[b"kvpipe.columns"] = json.dumps(digests).encode()
-        except (TypeError, ValueError, pa.ArrowException, AttributeError, KeyError):
-            pass
     else:
-        shards, named = changed, summary.name.split("-")[1]
+        shards = changed
     if stream.random() < 0.1:
         metadata = stream.choice([{}, {b"kvpipe.columns": b"{"}, {b"kvpipe.columns": b'{"id": 1}'}, {b"kvpipe.columns": b"[]"}])
-    summary.unlink()
-    pq.write_table(shards.replace_schema_metadata(metadata), summary, compression="zstd", write_page_checksum=True)
-    own = hashlib.sha256(summary.read_bytes()).hexdigest()[:16]
-    summary.rename(summary.with_name(f"summary-{named}-{own}.parquet"))
+    write_tables(store / "samples", rows, shards.replace_schema_metadata(metadata))
     return f"{'part' if is_rows else 'summary'}: {told}"
+
+
+def write_tables(folder: Path, rows: pa.Table, shards: pa.Table) -> None:
+    """Write a part and its summary under names that fit their contents."""
+
+    def written(table: pa.Table) -> tuple[bytes, str]:
+        content = io.BytesIO()
+        pq.write_table(table, content, compression="zstd", write_page_checksum=True)
+        return content.getvalue(), hashlib.sha256(content.getvalue()).hexdigest()[:16]
+
+    (part, named), (summary, own) = written(rows), written(shards)
+    (folder / f"part-{named}.parquet").write_bytes(part)
+    (folder / f"summary-{named}-{own}.parquet").write_bytes(summary)
 
 
 def _alter_table(rows: pa.Table, stream: random.Random) -> tuple[pa.Table, str]:

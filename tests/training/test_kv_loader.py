@@ -197,8 +197,8 @@ def test_threads_hand_over_sooner_while_a_loader_iterates_and_as_before_when_all
 
 def test_an_epoch_is_planned_by_the_summary_of_the_shards_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [batch.samples for batch in KVLoader(store, batch_size=4, layers=())]
-    fresh, genuine, read = open_store(store.location), samples.SampleTable._column, list[str]()
-    monkeypatch.setattr(samples.SampleTable, "_column", lambda table, name: (read.append(name), genuine(table, name))[1])
+    fresh, genuine, read = open_store(store.location), samples.SampleTable._columns, list[str]()
+    monkeypatch.setattr(samples.SampleTable, "_columns", lambda table, names: (read.extend(names), genuine(table, names))[1])
     loader = KVLoader(fresh, batch_size=4, layers=())
     assert len(loader) == len(expected)
     loader.load_state_dict({**loader.state_dict(), "samples_consumed": 8})
