@@ -65,7 +65,11 @@ def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]
     teacher = resolved.id_or_path if resolved.preset is None else config.teacher
     data = tuple(_absolute(part) for part in config.data)
     settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
-    here = {"workers", "ray_address", "gpus_per_worker", "device", "grace_s", "on_bad_sample", "gate_tokens"}
+    here = {"workers", "ray_address", "gpus_per_worker", "device", "grace_s", "gate_tokens"}
+    if config.on_bad_sample == "fail":
+        here.add("on_bad_sample")  # else it decides which rows of the data there are
+    if not config.as_text:
+        here.add("as_text")  # so that a version without this setting can repair the store
     return settings.model_dump(mode="json", exclude={"out", "append", "accept_fidelity", "max_bytes", "task_range", *here})
 
 
