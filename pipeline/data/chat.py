@@ -6,6 +6,7 @@ with other words in place of the turn's (`spans.py`). Knows tokenizers; neither 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -72,7 +73,8 @@ def render(
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
     if reserved := sorted(ours.intersection(variables)):
         raise BadRowError(f"{source}: 'chat_template_kwargs' may not say {', '.join(reserved)}; leave it out")
-    rendering = Rendering(lambda turns, **more: _apply(tokenizer, turns, source, {**variables, **more}), messages, source)
+    apply = functools.partial(_apply, tokenizer, source, variables)
+    rendering = Rendering(apply, messages, source, tokenizer.all_special_tokens)
     text = rendering.text
     # The template writes the special tokens itself.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
@@ -95,11 +97,20 @@ def render(
     )
 
 
-def _apply(tokenizer: Any, turns: list[dict[str, Any]], source: str, variables: Mapping[str, Any]) -> str:
+def _apply(
+    tokenizer: Any,
+    source: str,
+    variables: Mapping[str, Any],
+    turns: list[dict[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
     import jinja2
 
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **variables))
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **variables)
+        )
     # What a template's own code may raise of what it is given.
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         roles = ", ".join(str(turn["role"]) for turn in turns[:8]) + (", ..." if len(turns) > 8 else "")

@@ -90,7 +90,9 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg}, column {error.pos + 1}") from None
     except RecursionError:
-        raise ValueError("nested too deep to be read") from None
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits; the advice after it is for programmers
+        raise ValueError(str(error).partition(";")[0]) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _json_row(number: int, line: int | None, text: str) -> Row:
     try:
         value = parse_json(text)
     except ValueError as error:
-        return Row(number, line=line, problem=f"is not complete JSON{' lines' if line else ''}: {error}")
+        return Row(number, line=line, problem=f"cannot be read as JSON: {error}")
     if not isinstance(value, dict):
         return Row(number, line=line, problem=f"is not an object but {shown_type(value)}")
     return Row(number, value, line)

@@ -28,10 +28,11 @@ class Rendering:
     Args:
         apply: makes a text of turns; raises BadRowError where the template refuses them.
         source: place of the conversation, which errors name.
+        ends: words of which one may end a turn; spans are without it.
     """
 
-    def __init__(self, apply: Callable[..., str], messages: Sequence[Message], source: str) -> None:
-        self.messages, self.source = messages, source
+    def __init__(self, apply: Callable[..., str], messages: Sequence[Message], source: str, ends: Sequence[str] = ()) -> None:
+        self.messages, self.source, self.ends = messages, source, ends
         self.turns = [message.as_given() for message in messages]
         self._apply = apply
         self.text = apply(self.turns)
@@ -105,8 +106,7 @@ def _span(rendering: Rendering, index: int, before: int) -> Span | None:
     for replaced in _replacements(turn):
         other = rendering.changed(index, replaced)
         if other is not None and (span := _between(rendering.text, other)) is not None:
-            thought = _THOUGHT in str(replaced)
-            return _with_opening(rendering, span, before) if thought else span
+            return _with_opening(rendering, span, before) if any(_THOUGHT in value for value in replaced.values()) else span
     return _around_content(rendering, index) or _by_beginnings(rendering, index)
 
 
@@ -166,7 +166,8 @@ def _by_beginnings(rendering: Rendering, index: int) -> Span | None:
     answered = rendering.other(turns[: index + 1])
     if not asked or not answered or not (text.startswith(answered) and answered.startswith(asked)):
         return None
-    return len(asked), max(len(answered.rstrip()), len(asked))
+    added = answered[len(asked) :].rstrip()
+    return len(asked), len(asked) + min((len(added.removesuffix(end)) for end in rendering.ends), default=len(added))
 
 
 def _header(turn: Mapping[str, Any]) -> dict[str, Any]:
