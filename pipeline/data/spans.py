@@ -6,16 +6,16 @@ itself: what is before and after the other words must be what is before and afte
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.data.notes import BadRowError
-from pipeline.data.turns import REASONING, SAID, Message
+from pipeline.data.turns import CALLS, REASONING, SAID, Message
 
-_FIRST, _LAST = "\ue000", "\ue001"
-_MARK = re.compile(f"{_FIRST}(\\d+){_LAST}")
-_WORDS, _THOUGHT = f"{_FIRST}0{_LAST}", f"{_FIRST}1{_LAST}"
+_MARK = re.compile("\ue000(\\d+)(t?)\ue001")
+"""Stands for what a turn says: its number, and `t` where that is reasoning."""
 _HEADER = ("role", "name", "tool_call_id")
 """Fields of a turn that say who speaks, not what."""
 Span = tuple[int, int]
@@ -44,6 +44,12 @@ class Rendering:
         except BadRowError:
             return None
 
+    @functools.cached_property
+    def prompt(self) -> str:
+        """What asks the assistant to speak, '' where the template has nothing of the kind."""
+        asked = self.other(self.turns, add_generation_prompt=True) or ""
+        return asked.removeprefix(self.text) if asked.startswith(self.text) else ""
+
     def changed(self, index: int, turn: Mapping[str, Any]) -> str | None:
         """The text with another turn in place of one."""
         return self.other([*self.turns[:index], turn, *self.turns[index + 1 :]])
@@ -57,74 +63,120 @@ def turn_spans(rendering: Rendering) -> list[Span]:
     """The span of every turn, in order.
 
     Raises:
-        BadRowError: it cannot be told; the turn and its field are named.
+        BadRowError: it cannot be told, or the template leaves out what a turn says; the turn and its field are named.
     """
-    written = _skeleton(rendering)
-    if written is not None and (plain := _plain_spans(rendering, written)) is not None:
-        return plain
+    spans = _together(rendering) or _one_by_one(rendering)
+    for index, span in enumerate(spans):
+        _refuse_unwritten(rendering, index, span)
+    return spans
+
+
+def _together(rendering: Rendering) -> list[Span] | None:
+    """The spans of all turns by one other rendering; None where it does not fit the text, or in more than one way."""
+    turns, text = rendering.turns, rendering.text
+    marks, around = _skeleton(rendering)
+    if [index for index, _ in marks] != list(range(len(turns))):
+        return None
+    forms = [_forms(turn) for turn in turns]
+    spans = _fit(text, around, forms)
+    if spans is None:
+        return None
+    if None in forms:
+        # Fitted from the end too: where both agree, there is no third way.
+        backward = [form and [text[::-1] for text in form] for form in reversed(forms)]
+        mirrored = _fit(text[::-1], [piece[::-1] for piece in reversed(around)], backward) or []
+        if [(len(text) - stop, len(text) - first) for first, stop in reversed(mirrored)] != spans:
+            return None
+    befores = [0, *(stop for _, stop in spans)]
+    return [
+        _with_opening(rendering, span, before) if is_thought else span
+        for span, before, (_, is_thought) in zip(spans, befores, marks, strict=False)
+    ]
+
+
+def _skeleton(rendering: Rendering) -> tuple[list[tuple[int, bool]], list[str]]:
+    """The turns in the order in which they are written, and whether each begins with reasoning; and the text around them."""
+    marked = [next(_replacements(turn, index)) for index, turn in enumerate(rendering.turns)]
+    pieces = _MARK.split(rendering.other(marked) or "")
+    marks, around = list[tuple[int, bool]](), [pieces[0]]
+    for number, kind, after in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        if marks and marks[-1][0] == int(number):
+            around[-1] = after  # what is between the reasoning of a turn and its content is the turn's
+        else:
+            marks.append((int(number), kind == "t"))
+            around.append(after)
+    return marks, around
+
+
+def _forms(turn: Mapping[str, Any]) -> list[str] | None:
+    """What a template may write of a turn that says nothing but its content: white space may be stripped. None for other turns."""
+    content = turn.get("content")
+    if not isinstance(content, str) or any(field in turn for field in SAID) or "</think>" in content:
+        return None
+    return [content, content.strip(), content.rstrip(), content.lstrip()]
+
+
+def _fit(text: str, around: Sequence[str], forms: Sequence[Sequence[str] | None]) -> list[Span] | None:
+    """Where the turns are if the text is what is around them and, between, one of the forms of each, or as little as may be."""
+    if not text.startswith(around[0]):
+        return None
+    spans, position = list[Span](), len(around[0])
+    for number, (after, possible) in enumerate(zip(around[1:], forms, strict=True), start=1):
+        if possible is not None:
+            length = next((len(form) for form in possible if text.startswith(form + after, position)), -1)
+        elif number < len(forms):
+            length = text.find(after, position) - position
+        else:
+            length = len(text) - len(after) - position if text.endswith(after) else -1
+        if length < 0:
+            return None
+        spans.append((position, position + length))
+        position += length + len(after)
+    return spans if position == len(text) else None
+
+
+def _one_by_one(rendering: Rendering) -> list[Span]:
+    """The spans of all turns, by other renderings for each."""
     spans: list[Span] = []
     for index in range(len(rendering.turns)):
         before = spans[-1][1] if spans else 0
         span = _span(rendering, index, before)
         if span is None or span[0] < before:
-            raise _refusal(rendering, index, len(rendering.turns) if written is None else len(written) // 2)
+            raise _refusal(rendering, index)
         spans.append(span)
     return spans
 
 
-def _skeleton(rendering: Rendering) -> list[str] | None:
-    """The text around the turns, in turn with their numbers, as written with a mark in place of all that each says."""
-    marked = [{**_header(turn), "content": f"{_FIRST}{index}{_LAST}"} for index, turn in enumerate(rendering.turns)]
-    text = rendering.other(marked)
-    return None if text is None else _MARK.split(text)
-
-
-def _plain_spans(rendering: Rendering, written: Sequence[str]) -> list[Span] | None:
-    """The spans of turns that say nothing but their content, by two renderings for all of them; None where that does not suffice."""
-    turns, text = rendering.turns, rendering.text
-    if written[1::2] != [str(index) for index in range(len(turns))] or not text.startswith(written[0]):
-        return None
-    spans, position = [], len(written[0])
-    for turn, after in zip(turns, written[2::2], strict=True):
-        content = turn.get("content")
-        if content is None or any(field in turn for field in SAID):
-            return None
-        # Templates may strip white space.
-        forms = (content, content.strip(), content.rstrip(), content.lstrip())
-        found = next((form for form in forms if text.startswith(form + after, position)), None)
-        if found is None:
-            return None
-        spans.append((position, position + len(found)))
-        position += len(found) + len(after)
-    return spans if position == len(text) else None
-
-
 def _span(rendering: Rendering, index: int, before: int) -> Span | None:
     """Where a turn lies, by the first way that is proved; None where none is."""
-    turn = rendering.turns[index]
-    _refuse_unwritten(rendering, index)
-    for replaced in _replacements(turn):
+    for replaced in _replacements(rendering.turns[index], index):
         other = rendering.changed(index, replaced)
         if other is not None and (span := _between(rendering.text, other)) is not None:
-            return _with_opening(rendering, span, before) if any(_THOUGHT in value for value in replaced.values()) else span
+            is_thought = _mark(index, "t") in other
+            return _with_opening(rendering, span, before) if is_thought else span
     return _around_content(rendering, index) or _by_beginnings(rendering, index)
 
 
-def _replacements(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The turn saying something else, in the forms that templates take apart."""
-    yield {**_header(turn), "content": _WORDS}
+def _mark(index: int, kind: str = "") -> str:
+    return f"\ue000{index}{kind}\ue001"
+
+
+def _replacements(turn: Mapping[str, Any], index: int) -> Iterator[dict[str, Any]]:
+    """The turn saying something else, in the forms that templates take apart, the likeliest first."""
+    header = {field: turn[field] for field in _HEADER if field in turn}
     for field in REASONING:
         if turn.get(field):
-            yield {**_header(turn), field: _THOUGHT, "content": _WORDS}
+            yield {**header, field: _mark(index, "t"), "content": _mark(index)}
+    yield {**header, "content": _mark(index)}
     if "</think>" in str(turn.get("content")):
-        yield {**_header(turn), "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_WORDS}"}
+        yield {**header, "content": f"<think>\n{_mark(index, 't')}\n</think>\n\n{_mark(index)}"}
 
 
 def _between(text: str, other: str) -> Span | None:
     """What of a text stands where another has marks, if they are the same before and after."""
     pieces = _MARK.split(other)
-    numbers = pieces[1::2]
-    if not numbers or len(set(numbers)) < len(numbers):
+    kinds = pieces[2::3]
+    if not kinds or len(set(kinds)) < len(kinds):
         return None
     first, last = pieces[0], pieces[-1]
     if len(first) + len(last) > len(text) or not (text.startswith(first) and text.endswith(last)):
@@ -134,9 +186,8 @@ def _between(text: str, other: str) -> Span | None:
 
 def _with_opening(rendering: Rendering, span: Span, before: int) -> Span:
     """The span and the tag that opens the reasoning in it: all that follows what asks the assistant to speak."""
-    asked = rendering.other(rendering.turns, add_generation_prompt=True) or ""
-    prompt = asked.removeprefix(rendering.text)
-    found = rendering.text.rfind(prompt, before, span[0]) if prompt and prompt != asked else -1
+    prompt = rendering.prompt
+    found = rendering.text.rfind(prompt, before, span[0]) if prompt else -1
     return (found + len(prompt), span[1]) if found >= 0 else span
 
 
@@ -146,11 +197,11 @@ def _around_content(rendering: Rendering, index: int) -> Span | None:
     content = str(turn.get("content") or "").strip()
     if not content or any(turn.get(field) for field in SAID):
         return None
-    half = len(content) // 2
+    half, mark = len(content) // 2, _mark(index)
     other = rendering.changed(
-        index, {**turn, "content": turn["content"].replace(content, content[:half] + _WORDS + content[half:])}
+        index, {**turn, "content": turn["content"].replace(content, content[:half] + mark + content[half:])}
     )
-    pieces = (other or "").split(_WORDS)
+    pieces = (other or "").split(mark)
     if len(pieces) != 2 or "".join(pieces) != rendering.text:
         return None
     start = len(pieces[0]) - half
@@ -170,27 +221,33 @@ def _by_beginnings(rendering: Rendering, index: int) -> Span | None:
     return len(asked), len(asked) + min((len(added.removesuffix(end)) for end in rendering.ends), default=len(added))
 
 
-def _header(turn: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: turn[field] for field in _HEADER if field in turn}
-
-
-def _refuse_unwritten(rendering: Rendering, index: int) -> None:
+def _refuse_unwritten(rendering: Rendering, index: int, span: Span) -> None:
     """Refuse calls that the template leaves out: what was said would be gone without a word."""
-    turn = rendering.turns[index]
-    for field in SAID[:2]:
-        if turn.get(field) and rendering.changed(index, {key: turn[key] for key in turn if key != field}) == rendering.text:
+    turn, said = rendering.turns[index], rendering.text[slice(*span)]
+    for field in CALLS:
+        calls = turn.get(field)
+        if not calls or (field == "tool_calls" and all(name and name in said for name in map(_called, calls))):
+            continue
+        if rendering.changed(index, {key: turn[key] for key in turn if key != field}) == rendering.text:
             raise BadRowError(
                 f"{rendering.place(index)}: the chat template does not write its {field!r}; use a teacher whose template does, put the "
                 "calls into the content, or leave the row out"
             )
 
 
-def _refusal(rendering: Rendering, index: int, num_written: int) -> BadRowError:
-    fields = ", ".join(repr(field) for field in ("content", *SAID) if rendering.turns[index].get(field)) or "'content'"
-    if num_written != len(rendering.turns):
-        what = f"leaves out, repeats or moves messages ({len(rendering.turns)} given, {num_written} written)"
+def _called(call: Mapping[str, Any]) -> str:
+    """The name of what is called, '' where it is not said in the usual way."""
+    function = call.get("function", call)
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
+
+
+def _refusal(rendering: Rendering, index: int) -> BadRowError:
+    turn, (marks, _) = rendering.turns[index], _skeleton(rendering)
+    fields = ", ".join(repr(field) for field in ("content", *SAID) if turn.get(field)) or "'content'"
+    if len(marks) != len(rendering.turns):
+        what = f"leaves out, repeats or moves messages ({len(rendering.turns)} given, {len(marks)} written)"
     else:
-        what = f"changes a message of role {rendering.messages[index].role}"
+        what = f"changes a message of role {rendering.messages[index].role[:40]}"
     return BadRowError(
         f"{rendering.source}: the chat template {what}, turn {index + 1} of {len(rendering.turns)} "
         f"({rendering.messages[index].role[:40]}), {fields}, so it cannot be told which tokens are whose; use a template that writes "

@@ -27,9 +27,10 @@ _ALIASES = {
 ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in aliases.split()}
 """How chat templates call the roles of data sets, by the names there in lower case."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
-SAID = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
+CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning", "reasoning_content", "thinking")
+SAID = (*CALLS, *REASONING)
 """What a turn may say beside its content."""
-REASONING = SAID[2:]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

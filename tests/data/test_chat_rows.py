@@ -294,24 +294,15 @@ def test_what_decides_the_tokens_of_a_conversation_is_in_its_identity(tmp_path: 
     assert document.content() == b'[["user", "a"], ["assistant", "b"]]', "so that stores made before can be resumed"
 
 
-@pytest.mark.parametrize(
-    ("role", "meant"),
-    [
-        ("Human", "user"),
-        ("USER", "user"),
-        ("ChatGPT", "assistant"),
-        ("bot", "assistant"),
-        ("model", "assistant"),
-        ("AI", "assistant"),
-    ]
-    + [
-        ("function_call", "assistant"),
-        ("Observation", "tool"),
-        ("function", "tool"),
-        ("System", "system"),
-        ("gpt4", "assistant"),
-    ],
-)
+MEANT = {
+    "user": ["Human", "USER"],
+    "assistant": ["ChatGPT", "GPT", "bot", "model", "AI", "gpt4", "function_call", " Assistant "],
+    "tool": ["Observation", "function"],
+    "system": ["System"],
+}
+
+
+@pytest.mark.parametrize(("role", "meant"), [(role, meant) for meant, roles in MEANT.items() for role in roles])
 def test_roles_are_known_by_their_usual_names_in_any_case(role: str, meant: str, tmp_path: Path) -> None:
     turns_ = [{"from": "human", "value": "a"}, {"from": role, "value": "b"}, {"from": "gpt", "value": "c"}]
     notes = Notes()
@@ -401,7 +392,8 @@ def test_any_json_is_a_document_or_refused_with_file_and_line(row: Any, tmp_path
         found = list(read_documents([str(path)]))
         samples_of(TOKENIZERS["tools"], found[1])
     except ValueError as error:
-        assert "any.jsonl, line 3" in str(error)
+        refused = str(error)
+        assert "any.jsonl, line 3" in refused
     notes = Notes(leaves_out=True)
     documents = list(read_documents([str(path)], notes=notes))
     assert [document.text for document in documents[::2]] == ["before", "after"]
