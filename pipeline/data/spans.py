@@ -165,7 +165,7 @@ def _replacements(turn: Mapping[str, Any], index: int) -> Iterator[dict[str, Any
     """The turn saying something else, in the forms that templates take apart, the likeliest first."""
     header = {field: turn[field] for field in _HEADER if field in turn}
     for field in REASONING:
-        if turn.get(field):
+        if str(turn.get(field) or "").strip():
             yield {**header, field: _mark(index, "t"), "content": _mark(index)}
     yield {**header, "content": _mark(index)}
     if "</think>" in str(turn.get("content")):
