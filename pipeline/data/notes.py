@@ -63,9 +63,9 @@ class Notes:
         """What is to be said and has not been, a line each."""
         lines = [
             f"files with the suffix {suffix}, such as {path}, are read as plain text"
-            for suffix, path in list(self._unknown_suffixes.items())
+            for suffix, path in sorted(self._unknown_suffixes.copy().items())
         ]
-        lines += [f"{number:,} x {what}" for what, number in sorted(self._counts.items())[:_SHOWN]]
+        lines += [f"{number:,} x {what}" for what, number in sorted(self._counts.copy().items())[:_SHOWN]]
         if len(self._counts) > _SHOWN:
             lines.append(f"and {len(self._counts) - _SHOWN:,} more of such kinds")
         if self.num_left_out:

@@ -71,7 +71,7 @@ def file_rows(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
             if kind in ("comma", "tab"):
                 yield from _separated_rows(text, "," if kind == "comma" else "\t")
             elif kind == "json" and _begins_array(file):
-                what = "a JSON array"
+                what = "JSON"
                 yield from _array_rows(text)
             else:
                 yield from _line_rows(text)
