@@ -383,7 +383,7 @@ any_rows = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(row=any_rows)
 def test_any_json_is_a_document_or_refused_with_file_and_line(row: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
