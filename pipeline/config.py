@@ -26,7 +26,8 @@ class ExtractConfig(pydantic.BaseModel):
     teacher: str
     """Preset name, Hugging Face id, or a local folder with safetensors."""
     data: tuple[str, ...] = ()
-    """Text files or globs, .jsonl/.parquet files, a `datasets` folder, or a hub id as 'org/name' or 'org/name:config'."""
+    """Text files or globs, files of rows (.jsonl, .json, .csv, .tsv, .parquet), a `datasets` folder, or a hub id as 'org/name' or
+    'org/name:config'."""
     out: Location | None = None
     """Where the store goes: a folder, or `s3://bucket/prefix`; a preset names a default."""
     student: str | None = None
@@ -52,11 +53,14 @@ class ExtractConfig(pydantic.BaseModel):
     gpus_per_worker: int = pydantic.Field(0, ge=0)
     """GPUs one teacher is spread over, for teachers larger than one GPU; 0 is one where there are any."""
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
-    """What to do about a sample that crashes its worker, raises or gives NaN: end the run and name it, or leave it out and record it."""
+    """What to do about a row that cannot be read, and a sample that crashes its worker, raises or gives NaN: end the run and name it, or
+    leave it out and record it."""
     grace_s: float = pydantic.Field(20.0, ge=0)
     """Seconds that tasks in hand get to finish after SIGTERM or Ctrl-C; Slurm and Kubernetes kill after 30."""
     text_field: str = "text"
     """Field of a row that holds the text."""
+    as_text: bool = False
+    """Read every file as plain text, whatever its suffix says: markup such as .html is refused otherwise."""
     split: str = "train"
     """Split of a data set that has several."""
     limit: int | None = pydantic.Field(None, ge=1)

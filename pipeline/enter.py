@@ -27,6 +27,7 @@ from kvstore.spec import KVSpec
 from kvstore.storage import Storage, locate
 from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
+from pipeline.data.notes import Notes
 from pipeline.data.windows import Window
 from pipeline.executors import Executor
 from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
@@ -50,6 +51,8 @@ class Run:
     """The first window of the data; often all of it."""
     seq_len: int
     say: Say
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    """What is odd in the data, and which rows are left out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

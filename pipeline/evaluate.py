@@ -29,6 +29,7 @@ class EvalSettings:
     """Preset, id, folder of a checkpoint, or of a training run with `model/` in it."""
     data: tuple[str, ...]
     text_field: str = "text"
+    as_text: bool = False
     split: str = "train"
     seq_len: int = 2048
     max_tokens: int | None = None
@@ -68,7 +69,7 @@ def evaluate(settings: EvalSettings, progress: Progress = lambda *_: None) -> Ev
     positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", settings.seq_len))
     vocab_size = model.get_input_embeddings().num_embeddings
     cutter = Cutter(tokenizer=tokenizer, seq_len=min(settings.seq_len, positions), keep_text=False, vocab_size=vocab_size)
-    documents = read_documents(settings.data, settings.text_field, settings.split)
+    documents = read_documents(settings.data, settings.text_field, settings.split, as_text=settings.as_text)
     nats, predicted, num_bytes, samples = 0.0, 0, 0, 0
     for group in _groups(cutter.samples(documents), settings.max_tokens):
         lengths = [len(sample.input_ids) for sample in group]

@@ -30,6 +30,7 @@ from pipeline.budget import ByteBudget, refuse_small_budget
 from pipeline.config import ExtractConfig
 from pipeline.data.chat import template_fingerprint
 from pipeline.data.documents import Document, read_documents, shuffled, subsampled
+from pipeline.data.notes import Notes
 from pipeline.data.samples import Cutter
 from pipeline.data.windows import Limits, Windows
 from pipeline.enter import Run, Say, Signal, enter, gate_after
@@ -99,12 +100,23 @@ def extract(
     longest = min(config.seq_len, limits.max_position_embeddings)
     if longest < config.seq_len:
         say(f"warning: samples are cut to {longest:,} tokens, all the positions {config.teacher} has, not {config.seq_len:,}")
-    windows = windows_of(config, tokenizer, longest, limits.vocab_size)
+    notes = Notes(leaves_out=config.on_bad_sample == "quarantine")
+    windows = windows_of(config, tokenizer, longest, limits.vocab_size, notes)
     with tqdm.tqdm(desc="tokenise", unit="tok", unit_scale=True, total=_tokens_expected(config)) as bar:
         first = windows.next(bar.update)
+    for line in notes.news():
+        say(line)
     run = Run(
-        config=config, resolved=resolved, storage=storage, tokenizer=tokenizer, first=first, seq_len=config.seq_len, say=say
+        config=config,
+        resolved=resolved,
+        storage=storage,
+        tokenizer=tokenizer,
+        first=first,
+        seq_len=config.seq_len,
+        say=say,
+        notes=notes,
     )
+    refuse_nothing_to_learn(run)
     executor = make_executor(config, resolved, storage, say, stop)
     try:
         signal = signal_of(run, executor)
@@ -123,17 +135,18 @@ def extract(
     return _summary(run.storage, results, seconds, time.perf_counter() - started)
 
 
-def windows_of(config: ExtractConfig, tokenizer: Any, longest: int, vocab_size: int) -> Windows:
-    """The data, to be read as far as is asked for."""
+def windows_of(config: ExtractConfig, tokenizer: Any, longest: int, vocab_size: int, notes: Notes) -> Windows:
+    """The data, to be read as far as is asked for; `notes` are told what is odd in it."""
     cut = functools.partial(Cutter, tokenizer=tokenizer, seq_len=longest, vocab_size=vocab_size)
 
     def read() -> Iterator[Document]:
-        return read_documents(config.data, config.text_field, config.split)
+        return read_documents(config.data, config.text_field, config.split, as_text=config.as_text, notes=notes)
 
     def bytes_wanted(documents: Sequence[Document]) -> float:
         assert config.sample_tokens is not None
         size = sum(len(document.content()) for document in documents)
-        tokens = sum(len(sample.input_ids) for samples in cut(keep_text=False).samples(documents) for sample in samples)
+        trial = cut(keep_text=False, notes=Notes(leaves_out=notes.leaves_out))  # these documents are cut once more
+        tokens = sum(len(sample.input_ids) for samples in trial.samples(documents) for sample in samples)
         return config.sample_tokens * size / max(tokens, 1)
 
     documents = read()
@@ -143,7 +156,7 @@ def windows_of(config: ExtractConfig, tokenizer: Any, longest: int, vocab_size: 
         documents = shuffled(documents, config.seed)
     return Windows(
         documents,
-        cut(overlap=config.overlap, keep_text=config.keep_text),
+        cut(overlap=config.overlap, keep_text=config.keep_text, notes=notes),
         Limits(window_tokens=config.window_tokens, samples=config.limit, tokens=config.max_tokens),
     )
 
@@ -189,8 +202,6 @@ def batch_tokens_of(config: ExtractConfig, executor: Executor, layers: tuple[int
 
 def signal_of(run: Run, executor: Executor) -> Signal:
     """What the workers' teacher and these settings store."""
-    if run.config.response_only:
-        _refuse_without_loss_mask(run)
     info = executor.describe()
     refuse_tokens(run.first, info.num_embeddings)
     alignment, stored = _stored(run, info)
@@ -213,14 +224,23 @@ def signal_of(run: Run, executor: Executor) -> Signal:
     )
 
 
-def _refuse_without_loss_mask(run: Run) -> None:
-    masks = [sample.loss_mask for sample in run.first.samples if sample.loss_mask is not None]
-    if not any(mask.any() for mask in masks):
-        found = "conversations in which no assistant speaks" if masks else "plain text"
-        raise ValueError(
-            f"--response-only: got {found} ({', '.join(run.config.data)}), expected conversations with the assistant's turns, or "
-            "--overlap; leave it out to store every token"
-        )
+def refuse_nothing_to_learn(run: Run) -> None:
+    """Refuse data in whose first window there is no token to learn from.
+
+    Raises:
+        ValueError: so a student could not be trained, and nothing has been stored.
+    """
+    samples = run.first.samples
+    masks = [sample.loss_mask for sample in samples if sample.loss_mask is not None]
+    wants_mask = run.config.response_only
+    if any(mask.any() for mask in masks) or not (wants_mask or len(masks) == len(samples)):
+        return
+    found = "conversations in which no assistant speaks" if masks else "plain text"
+    more = "leave it out to store every token" if wants_mask else "see which roles the turns have, and mend them"
+    raise ValueError(
+        f"{'--response-only' if wants_mask else '--data'}: got {found} ({', '.join(run.config.data)}), expected conversations with the "
+        f"assistant's turns{', or --overlap' if wants_mask else ''}; {more}"
+    )
 
 
 def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
@@ -311,6 +331,8 @@ def _run_tasks(
                     for bad in result.quarantined:
                         run.say(f"left out: {bad}")
                         progress.note("quarantined", sample=bad.id, source=bad.source, reason=bad.reason)
+                    if rows := run.notes.take_left_out():
+                        progress.note("unreadable", num_rows=len(rows), rows=rows)
                 budget.recount()
                 more = flow.is_stopped and len(results) > before and not stop.requested
     if flow.is_stopped and not stop.requested:
@@ -318,6 +340,8 @@ def _run_tasks(
             f"stopped before --max-bytes {run.config.max_bytes:,}: {budget.used_bytes:,} bytes are in the store with its tables, and the next shard or window "
             "could pass the limit; what is committed can be used, and the same command with a larger limit goes on"
         )
+    for line in run.notes.news():
+        run.say(line)
     with lease(run.storage, flow.range.start, flow.range.stop, PURPOSE, wait=run.say) as held:
         compact(held)
         trim_heap()

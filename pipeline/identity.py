@@ -64,7 +64,7 @@ def signal_record(
 _NOT_RECORDED = frozenset(
     {
         *("out", "append", "accept_fidelity", "max_bytes", "task_range"),
-        *("workers", "ray_address", "gpus_per_worker", "device", "grace_s", "on_bad_sample", "gate_tokens"),
+        *("workers", "ray_address", "gpus_per_worker", "device", "grace_s", "gate_tokens"),
     }
 )
 """Settings that shape no sample, or that belong to the machine they were given on."""
@@ -89,7 +89,12 @@ def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]
     teacher = resolved.id_or_path if resolved.preset is None else config.teacher
     data = tuple(_absolute(part) for part in config.data)
     settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
-    return settings.model_dump(mode="json", exclude=set(_NOT_RECORDED))
+    omitted = set(_NOT_RECORDED)
+    if config.on_bad_sample == "fail":
+        omitted.add("on_bad_sample")  # else it decides which rows of the data there are
+    if not config.as_text:
+        omitted.add("as_text")  # so that a version without this setting can repair the store
+    return settings.model_dump(mode="json", exclude=omitted)
 
 
 def _absolute(part: str) -> str:

@@ -29,7 +29,9 @@ CONFIG_OPTIONS: tuple[Decorator, ...] = (
 EXTRACT_OPTIONS: tuple[Decorator, ...] = (
     click.option("--teacher", help="Preset (kvpipe extract --list), Hugging Face id, or folder with safetensors."),
     click.option(
-        "--data", multiple=True, help="Text files or globs, .jsonl[.gz|.zst], .parquet, datasets folder, or hub id[:config]."
+        "--data",
+        multiple=True,
+        help="Text files or globs, .jsonl|.json|.csv|.tsv[.gz|.zst], .parquet, datasets folder, or hub id[:config].",
     ),
     click.option("--out", help="Folder of the store, or s3://bucket/prefix; run again to resume."),
     click.option("--student", help="Bake the alignment to this student: preset, id, folder or config file."),
@@ -47,9 +49,12 @@ EXTRACT_OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--on-bad-sample",
         type=click.Choice(["fail", "quarantine"]),
-        help="A sample that crashes its worker, raises or gives NaN: end the run and name it, or leave it out and record it [fail].",
+        help="A row that cannot be read, or a sample that crashes its worker, raises or gives NaN: end the run and name it, or leave it out and record it [fail].",
     ),
     click.option("--text-field", help="Field of a row that holds the text [text]."),
+    click.option(
+        "--as-text", is_flag=True, default=None, help="Read every file as plain text, whatever its suffix, such as .html."
+    ),
     click.option("--split", help="Split of a data set [train]."),
     click.option("--limit", type=int, help="Most samples to store."),
     click.option("--max-tokens", type=int, help="Most tokens to store; 0 for no limit [presets: 1,000,000]."),

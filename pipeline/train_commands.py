@@ -103,6 +103,7 @@ def _train_on_ray(config: TrainConfig, workers: int, address: str | None) -> Tra
     "--data", multiple=True, required=True, help="As for extract: files, globs, jsonl, parquet, a datasets folder, a hub id."
 )
 @click.option("--text-field", default="text", show_default=True, help="Column or key with the text.")
+@click.option("--as-text", is_flag=True, help="Read every file as plain text, whatever its suffix, such as .html.")
 @click.option("--split", default="train", show_default=True, help="Split of a hub or datasets data set.")
 @click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens of a sample.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens [all].")

@@ -1,25 +1,31 @@
 """Conversations to tokens: a chat template's text, and whose every token is.
 
-The template decides the text. Where in it each message lies is found by rendering the conversation once more with a mark in place
-of every content. Knows tokenizers; neither rows of a data set nor samples.
+The template decides the text, from all that a row has. Where in it each turn lies is told by rendering the conversation once more
+with other words in place of the turn's (`spans.py`). Knows tokenizers; neither rows of a data set nor samples.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from pipeline.data.documents import Message
+from pipeline.data.notes import BadRowError
+from pipeline.data.spans import Rendering, turn_spans
+from pipeline.data.turns import Message
 
 ROLES = ("none", "system", "user", "assistant", "tool")
 """By the number a store holds in `role`; `none` is text of the template itself, and any role without a number."""
 ASSISTANT = ROLES.index("assistant")
+_NUMBERS = {**{role: number for number, role in enumerate(ROLES)}, "developer": 1, "ipython": 4}
+"""With the names of some templates for system and tool."""
 
 
 class Conversation(NamedTuple):
@@ -32,7 +38,7 @@ class Conversation(NamedTuple):
     role: UInt8[np.ndarray, "token"]
     """Number in `ROLES` of the message a token belongs to."""
     loss_mask: UInt8[np.ndarray, "token"]
-    """1 for what the assistant generates: its content and the special token that ends its turn."""
+    """1 for what the assistant generates: its content, calls and reasoning, and the special token that ends its turn."""
 
 
 def template_fingerprint(tokenizer: Any) -> str:
@@ -50,20 +56,33 @@ def template_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
-def render(tokenizer: Any, messages: Sequence[Message], source: str) -> Conversation:
+def render(
+    tokenizer: Any, messages: Sequence[Message], source: str, variables: Mapping[str, Any] = MappingProxyType({})
+) -> Conversation:
     """Tokenise a conversation.
 
+    Args:
+        source: place of the conversation, which errors name.
+        variables: what the chat template gets beside the turns, such as `tools`.
+
     Raises:
-        ValueError: the template refuses the conversation, or changes or leaves out a message.
+        BadRowError: the template refuses the conversation, or it cannot be told which tokens are whose.
+        ValueError: the tokenizer has no template.
     """
-    text = _text(tokenizer, messages, source)
+    template_fingerprint(tokenizer)
+    ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+    if reserved := sorted(ours.intersection(variables)):
+        raise BadRowError(f"{source}: 'chat_template_kwargs' may not say {', '.join(reserved)}; leave it out")
+    apply = functools.partial(_apply, tokenizer, source, variables)
+    rendering = Rendering(apply, messages, source, tokenizer.all_special_tokens)
+    text = rendering.text
     # The template writes the special tokens itself.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     offsets = [(int(first), int(stop)) for first, stop in encoded["offset_mapping"]]
     of_character = np.zeros(len(text) + 1, dtype=np.uint8)
     generated = np.zeros(len(text) + 1, dtype=np.uint8)
-    for message, (start, stop) in zip(messages, _spans(tokenizer, messages, text, source), strict=True):
-        number = ROLES.index(message.role) if message.role in ROLES else 0
+    for message, (start, stop) in zip(messages, turn_spans(rendering), strict=True):
+        number = _NUMBERS.get(message.role, 0)
         stop = _end_of_turn(tokenizer, text, stop)
         of_character[start:stop] = number
         generated[start:stop] = number == ASSISTANT
@@ -78,40 +97,26 @@ def render(tokenizer: Any, messages: Sequence[Message], source: str) -> Conversa
     )
 
 
-def _text(tokenizer: Any, messages: Sequence[Message], source: str) -> str:
+def _apply(
+    tokenizer: Any,
+    source: str,
+    variables: Mapping[str, Any],
+    turns: list[dict[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
     import jinja2
 
-    turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{source}: the chat template refuses this conversation of roles {', '.join(turn['role'] for turn in turns)} "
-            f"({error}); mend the row or leave it out"
-        ) from error
-
-
-def _spans(tokenizer: Any, messages: Sequence[Message], text: str, source: str) -> Iterator[tuple[int, int]]:
-    """First and last character of every message's content; templates may strip white space around it."""
-    marked = [Message(role=message.role, content=f"\ue000{number}\ue001") for number, message in enumerate(messages)]
-    pieces = re.split("\ue000(\\d+)\ue001", _text(tokenizer, marked, source))
-    if pieces[1::2] != [str(number) for number in range(len(messages))] or not text.startswith(pieces[0]):
-        raise ValueError(
-            f"{source}: the chat template leaves out, repeats or moves messages ({len(messages)} given, {len(pieces) // 2} written), so "
-            "it cannot be told which tokens are whose; use a template that writes every message once"
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **variables)
         )
-    position = len(pieces[0])
-    for message, after in zip(messages, pieces[2::2], strict=True):
-        content = message.content
-        forms = (content, content.strip(), content.rstrip(), content.lstrip())
-        found = next((form for form in forms if text.startswith(form + after, position)), None)
-        if found is None:
-            raise ValueError(
-                f"{source}: the chat template changes a message of role {message.role} (it begins {content[:40]!r}), so it cannot be told "
-                "which tokens are whose; give the content as the template writes it, for instance without reasoning that it strips"
-            )
-        yield position, position + len(found)
-        position += len(found) + len(after)
+    # What a template's own code may raise of what it is given.
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        roles = ", ".join(str(turn["role"]) for turn in turns[:8]) + (", ..." if len(turns) > 8 else "")
+        raise BadRowError(
+            f"{source}: the chat template refuses this conversation of roles {roles} ({error}); mend the row or leave it out"
+        ) from error
 
 
 def _end_of_turn(tokenizer: Any, text: str, stop: int) -> int:

@@ -5,11 +5,10 @@ Knows files and rows; knows neither tokenizers nor what becomes of a document.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
-import gzip
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,28 +17,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeline.data.formats import NO_TEXT, TEXT, holds_rows, is_known, suffix_of
+from pipeline.data.notes import Notes
+from pipeline.data.rows import Row, damages, file_rows, opened, shown_type, wide_encoding, without_nulls
+from pipeline.data.turns import CHAT_FIELDS, ROW_FIELDS, Message, conversation, refuse_surrogates
 from pipeline.models.resolve import HUB_TIMEOUT_S, one_line, within
 
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SHUFFLE_BUFFER = 10_000
-_ZSTD_BYTES_AT_ONCE = 4096  # what comes of them is in memory at once: seldom over 100 KB, and never over 128 MB
-_ROWS_AT_ONCE = 128
 TEXT_BYTES_AT_ONCE = 16 * 2**20
 """A larger text file is several documents, cut at line ends, so that no file is in memory whole."""
-_CHAT_FIELDS = ("messages", "conversations")
-_ROLES = {"human": "user", "gpt": "assistant"}
-"""Names of roles in ShareGPT's rows and what everybody else calls them."""
 _MEASURED_DOCUMENTS = 256
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    """`system`, `user`, `assistant`, `tool` or what else the chat template knows."""
-    content: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,175 +39,203 @@ class Document:
     text: str = ""
     messages: tuple[Message, ...] | None = None
     """The turns of a conversation, whose text a chat template makes; None for plain text."""
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the chat template gets beside the turns, such as `tools`."""
+    line: int | None = None
+    """Of its file, from 1, where it is a row of a file that has lines."""
+    problem: str = ""
+    """Why the row could not be read, said of it: 'is not ...'; it then has no text."""
+
+    @property
+    def where(self) -> str:
+        """Its place in the data, for people."""
+        file, _, row = self.source.rpartition(":")
+        if self.line is not None:
+            return f"{file}, line {self.line}"
+        return f"{file}, row {row}" if file and row.isdecimal() else self.source
 
     def content(self) -> bytes:
         """Everything that decides which tokens come of it, as bytes."""
         if self.messages is None:
             return self.text.encode()
-        return json.dumps([[message.role, message.content] for message in self.messages], ensure_ascii=False).encode()
+        turns: list[Any] = [message.identity() for message in self.messages]
+        if self.variables:
+            turns.append(dict(self.variables))
+        return json.dumps(turns, ensure_ascii=False, default=str).encode()
 
 
-def read_documents(data: Sequence[str], text_field: str = "text", split: str = "train") -> Iterator[Document]:
+def read_documents(
+    data: Sequence[str],
+    text_field: str = "text",
+    split: str = "train",
+    *,
+    as_text: bool = False,
+    notes: Notes | None = None,
+) -> Iterator[Document]:
     """Read the documents of every part of `data` in order.
 
+    Args:
+        as_text: files are plain text, whatever their names say.
+        notes: told what is to be said of the files. Where they have bad rows left out, such a row is a document with a problem.
+
     Raises:
-        ValueError: a part does not exist, cannot be read, or has no such text field; the part is named.
+        ValueError: a part does not exist or cannot be read, or a row has no text; file and line are named.
     """
+    reader = _Reader(text_field, split, as_text, Notes() if notes is None else notes)
     for part in data:
-        yield from _read_part(part, text_field, split)
+        yield from reader.part(part)
 
 
-def _read_part(part: str, text_field: str, split: str) -> Iterator[Document]:
-    path = Path(part).expanduser()
-    if path.is_dir():
-        yield from _documents(part, _dataset_folder_rows(path, split), text_field)
-    elif path.is_file() or path.is_fifo():
-        yield from _read_file(path, text_field)
-    elif glob.has_magic(part):
-        files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not files:
-            raise ValueError(
-                f"--data: no file matches {part!r}; quote the pattern, and mind that '**' is needed for subfolders"
-            )
-        for file in files:
-            yield from _read_file(Path(file), text_field)
-    elif _HUB_ID.fullmatch(part) and not part.endswith((*ROW_SUFFIXES, ".parquet", ".txt", ".md", ".py")):
-        yield from _documents(part, _hub_rows(part, split), text_field)
-    else:
-        raise ValueError(f"--data: {part} does not exist; expected a file, a glob, a datasets folder or a hub id like org/name")
+class _Reader:
+    """Reads parts of a data set with one set of settings."""
 
+    def __init__(self, text_field: str, split: str, as_text: bool, notes: Notes) -> None:
+        self._text_field, self._split, self._as_text, self._notes = text_field, split, as_text, notes
+        self._wanted = (text_field, *ROW_FIELDS)
 
-def _read_file(path: Path, text_field: str) -> Iterator[Document]:
-    if path.name.endswith(ROW_SUFFIXES):
-        yield from _documents(str(path), _json_rows(path), text_field)
-    elif path.suffix == ".parquet":
-        yield from _documents(str(path), _parquet_rows(path), text_field)
-    else:
-        with path.open("rb") as file:
-            yield from _text_pieces(path, file)
-
-
-def _text_pieces(path: Path, file: BinaryIO) -> Iterator[Document]:
-    """The file as one document, or as several cut at line ends where it is long."""
-    done, rest = 0, b""
-    while block := file.read(TEXT_BYTES_AT_ONCE):
-        content = rest + block
-        end = content.rfind(b"\n") + 1 if len(block) == TEXT_BYTES_AT_ONCE else len(content)
-        rest = content[end:]
-        if end:
-            yield _text_document(path, content[:end], done)
-        done += end
-    if rest:
-        yield _text_document(path, rest, done)
-
-
-def _text_document(path: Path, content: bytes, start: int) -> Document:
-    try:
-        return Document(source=str(path), text=content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data: {path} is not UTF-8 text (byte {start + error.start}); convert it or leave it out") from None
-
-
-def _documents(name: str, rows: Iterable[Mapping[str, Any]], text_field: str) -> Iterator[Document]:
-    for number, row in enumerate(rows):
-        source, found = f"{name}:{number}", row.get(text_field)
-        if found is None:
-            found = next((row[field] for field in _CHAT_FIELDS if row.get(field) is not None), None)
-        if isinstance(found, str):
-            yield Document(source=source, text=found)
-        elif messages := _messages(found):
-            yield Document(source=source, messages=messages)
+    def part(self, part: str) -> Iterator[Document]:
+        """The documents of one part: a file, a glob, a folder of `datasets`, or an id of the hub."""
+        path = Path(part).expanduser()
+        if path.is_dir():
+            yield from self._documents(part, _numbered(_dataset_folder_rows(path, self._split)))
+        elif path.is_file() or path.is_fifo():
+            yield from self._file(path)
+        elif glob.has_magic(part):
+            files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+            if not files:
+                raise ValueError(
+                    f"--data: no file matches {part!r}; quote the pattern, and mind that '**' is needed for subfolders"
+                )
+            for file in files:
+                yield from self._file(Path(file))
+        elif _HUB_ID.fullmatch(part) and not is_known(part):
+            yield from self._documents(part, _numbered(_hub_rows(part, self._split)))
         else:
             raise ValueError(
-                f"--text-field: row {number} of {name} has neither a text nor a list of messages in {text_field!r}; its fields are "
-                f"{', '.join(row) or 'none'}. A message is an object with 'role' and 'content', or 'from' and 'value'"
+                f"--data: {part} does not exist; expected a file, a glob, a datasets folder or a hub id like org/name"
             )
 
+    def _file(self, path: Path) -> Iterator[Document]:
+        suffix = suffix_of(path)
+        if self._as_text:
+            yield from self._text_file(path)
+        elif holds_rows(path):
+            yield from self._documents(_name(path), file_rows(path, self._wanted))
+        elif suffix in NO_TEXT:
+            raise ValueError(
+                f"--data: {path} is {NO_TEXT[suffix]} (by its suffix {suffix}). Leave it out"
+                + ("" if "--as-text" in NO_TEXT[suffix] else ", or give --as-text if it is plain text all the same")
+            )
+        else:
+            yield from self._text_file(path, is_sure=suffix in TEXT)
 
-def _messages(found: object) -> tuple[Message, ...] | None:
-    """The turns of a conversation, None where this is none."""
-    if not isinstance(found, (list, tuple)) or not found:
-        return None
-    messages = []
-    for turn in found:
-        if not isinstance(turn, Mapping):
-            return None
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        messages.append(Message(role=_ROLES.get(role, role), content=content))
-    return tuple(messages)
+    def _text_file(self, path: Path, *, is_sure: bool = True) -> Iterator[Document]:
+        damaged = damages()  # not in the except clause: who stops early may close this while the interpreter ends
+        try:
+            with opened(path) as file:
+                if not is_sure:
+                    self._know(path, file.peek(4096)[:4096])
+                yield from self._text_pieces(path, file)
+        except damaged as error:
+            raise ValueError(f"--data: {path} cannot be read: {error}; repair it or leave it out") from error
+
+    def _know(self, path: Path, head: bytes) -> None:
+        """Look into a file whose name does not say what it is."""
+        suffix = suffix_of(path)
+        if re.match(rb"\s*\[?\s*\{\s*\"[^\"\n]*\"\s*:", head):
+            raise ValueError(
+                f"--data: {path} holds JSON, which its name does not say; call it .jsonl or .json to have its rows read, or give "
+                "--as-text to store it as it is"
+            )
+        if suffix:
+            self._notes.read_as_text(suffix, str(path))
+
+    def _text_pieces(self, path: Path, file: BinaryIO) -> Iterator[Document]:
+        """The file as one document, or as several cut at line ends where it is long."""
+        wide = wide_encoding(file)
+        done, rest = 0, b""
+        while block := file.read(TEXT_BYTES_AT_ONCE):
+            content = rest + block
+            end = content.rfind(b"\n") + 1 if len(block) == TEXT_BYTES_AT_ONCE else len(content)
+            rest = content[end:]
+            if end:
+                yield self._text_document(path, content[:end], done, wide)
+            done += end
+        if rest:
+            yield self._text_document(path, rest, done, wide)
+
+    def _text_document(self, path: Path, content: bytes, start: int, wide: str) -> Document:
+        marked = content.removeprefix(codecs.BOM_UTF8) if start == 0 else content
+        try:
+            text, zero = marked.decode("utf-8"), content.find(b"\0")
+            if zero < 0:
+                return Document(source=_name(path), text=text)
+            problem = f"is no text: it holds the byte 0 (byte {start + zero})"
+        except UnicodeDecodeError as error:
+            first = start + error.start + len(content) - len(marked)
+            problem = f"is not UTF-8 text (byte {first}){f': it is {wide}' if wide else ''}"
+        return self._bad(Document(source=_name(path), problem=problem))
+
+    def _documents(self, name: str, rows: Iterable[Row]) -> Iterator[Document]:
+        for row in rows:
+            source, problem = f"{name}:{row.number}", row.problem
+            if not problem:
+                try:
+                    found = self._document(source, row)
+                except ValueError as error:
+                    problem = str(error)
+            yield self._bad(Document(source=source, line=row.line, problem=problem)) if problem else found
+
+    def _bad(self, document: Document) -> Document:
+        if not self._notes.leaves_out:
+            raise self._notes.refusal(document.where, document.problem)
+        return document
+
+    def _document(self, source: str, row: Row) -> Document:
+        value = row.value
+        text, chat = value.get(self._text_field), _chat_field(value)
+        if isinstance(text, str) and not (chat and (not text or (self._text_field == chat and text.lstrip().startswith("[")))):
+            refuse_surrogates(text)
+            return Document(source=source, text=text, line=row.line)
+        field = self._text_field if text and self._text_field not in CHAT_FIELDS else chat
+        if field is None:
+            return self._without_text(source, row)
+        if not isinstance(value[field], (list, tuple, str)):
+            raise ValueError(f"has neither a text nor a list of messages in {field!r}, but {shown_type(value[field])}")
+        messages, variables = conversation(value, field)
+        document = Document(source=source, messages=messages, variables=variables, line=row.line)
+        refuse_surrogates([[message.as_given() for message in messages], variables])
+        return document
+
+    def _without_text(self, source: str, row: Row) -> Document:
+        """A row whose text is null is an empty one; a row without such a field is of another data set."""
+        chats = [row.value[field] for field in CHAT_FIELDS if field in row.value]
+        is_empty = (
+            row.value[self._text_field] is None
+            if self._text_field in row.value
+            else bool(chats) and not any(chat is not None for chat in chats)
+        )
+        if not is_empty:
+            raise ValueError(
+                f"has neither a text nor a list of messages in {self._text_field!r}; its fields are {', '.join(row.value) or 'none'}. "
+                "--text-field names another; a message is an object with 'role' and 'content', or 'from' and 'value'"
+            )
+        return Document(source=source, line=row.line)
 
 
-def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import zstandard  # not in the except clause: who stops early may close this while the interpreter ends
-
-    try:
-        with io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig") as file:
-            for number, line in enumerate(file):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number + 1} is not an object")
-                    yield row
-    except (EOFError, OSError, ValueError, zstandard.ZstdError) as error:
-        raise ValueError(f"--data: {path} is not complete JSON lines: {error}; repair it or leave it out") from error
+def _chat_field(row: Mapping[str, Any]) -> str | None:
+    """The first field of a row with a conversation in it."""
+    return next((field for field in CHAT_FIELDS if row.get(field) not in (None, [], (), "", "[]", "null")), None)
 
 
-def _decompressed(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    """The bytes of a file behind its compression; reading raises EOFError where a compressed file was cut short."""
-    if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
-        raise EOFError("the file is empty")
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    return io.BufferedReader(_ZstdFile(path)) if path.suffix == ".zst" else path.open("rb")
+def _name(path: Path) -> str:
+    """The path as a text that can be stored: bytes that are not UTF-8 are written out."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
-class _ZstdFile(io.RawIOBase):
-    """A zstd file of any number of frames as bytes. The library's own reader takes a file cut inside a frame for a whole one."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._file, self._new = path.open("rb"), zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        """The frame being decompressed, None between frames."""
-        self._rest, self._ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            content = self._rest or self._file.read(_ZSTD_BYTES_AT_ONCE)
-            if not content and self._frame is None:
-                return 0
-            if not content:
-                raise EOFError("it ends inside a zstd frame")
-            self._frame = self._frame or self._new()
-            self._ready, self._rest = memoryview(self._frame.decompress(content)), b""
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        taken = min(len(buffer), len(self._ready))
-        buffer[:taken], self._ready = self._ready[:taken], self._ready[taken:]
-        return taken
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        for number in range(file.num_row_groups):  # one by one, for of several it reads all ahead
-            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[number]):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"--data: {path} is not readable parquet: {error}; repair it or leave it out") from error
+def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        yield Row(number, {**dict.fromkeys(row), **without_nulls(dict(row))})
 
 
 def _dataset_folder_rows(path: Path, split: str) -> Iterator[Mapping[str, Any]]:

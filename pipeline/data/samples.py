@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
 from kvstore.commits import sample_id
-from pipeline.data.chat import render
+from pipeline.data.chat import Conversation, render
 from pipeline.data.documents import Document
+from pipeline.data.notes import BadRowError, Notes
+from pipeline.data.turns import REASONING, ROLES
 
 _TOKENIZE_AT_ONCE = 16
 MIN_SAMPLE_TOKENS = 2
@@ -62,25 +64,37 @@ class Cutter:
     keep_text: bool = True
     vocab_size: int | None = None
     """Rows of the teacher's embedding table; ids beyond them are refused here, where a GPU would abort. None refuses none."""
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    """Told what is odd in the documents; decides whether a conversation that cannot be rendered is left out."""
 
     def samples(self, documents: Iterable[Document]) -> Iterator[list[Sample]]:
         """The samples of each document in turn, consecutive pieces of at most `seq_len` tokens; pieces of a single token are left
         out.
 
         Raises:
-            ValueError: a conversation cannot be rendered, or a token has no row in the teacher's embedding table.
+            BadRowError: a conversation cannot be rendered, and such rows are not to be left out.
+            ValueError: a token has no row in the teacher's embedding table.
         """
         for batch in batched(documents, _TOKENIZE_AT_ONCE):
             texts = [document.text for document in batch if document.messages is None]
             encoded = iter(self._encode(texts)) if texts else iter(())
             for document in batch:
-                yield list(
-                    self._conversation(document) if document.messages is not None else self._text(document, *next(encoded))
-                )
+                if document.messages is None:
+                    yield self._plain(document, *next(encoded))
+                else:
+                    yield self._conversation(document)
 
     def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         encoded = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
         return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    def _plain(self, document: Document, ids: list[int], offsets: list[tuple[int, int]]) -> list[Sample]:
+        if document.problem:
+            self.notes.leave_out(f"{document.where} {document.problem}")
+            return []
+        if not document.text:
+            self.notes.count("a text that is empty or null, which gives nothing")
+        return list(self._text(document, ids, offsets))
 
     def _text(self, document: Document, ids: list[int], offsets: list[tuple[int, int]]) -> Iterator[Sample]:
         input_ids = np.array(ids, dtype=np.int32)
@@ -91,9 +105,37 @@ class Cutter:
                 mask[:repeated] = 0
             yield self._sample(document, input_ids[piece], _text_of(document.text, offsets[piece]), None, mask)
 
-    def _conversation(self, document: Document) -> Iterator[Sample]:
+    def _conversation(self, document: Document) -> list[Sample]:
         assert document.messages is not None
-        found = render(self.tokenizer, document.messages, document.source)
+        try:
+            found = render(self.tokenizer, document.messages, document.where, document.variables)
+        except BadRowError as error:
+            if not self.notes.leaves_out:
+                raise
+            self.notes.leave_out(str(error))
+            return []
+        self._note(document, found)
+        return list(self._cut(document, found))
+
+    def _note(self, document: Document, found: Conversation) -> None:
+        """Count what of a conversation is not learnt from though somebody may expect it."""
+        assert document.messages is not None
+        if not found.loss_mask.any():
+            self.notes.count("a conversation in which no assistant speaks, so there is nothing to learn from it")
+        for message in document.messages:
+            if message.role.lower() not in ROLES:
+                self.notes.count(
+                    f"a turn of role {message.role[:40]!r}, which the chat template gets as it is and which is not learnt from; "
+                    "known roles are system, user, assistant, tool and their usual names"
+                )
+            thoughts = [str(message.turn[name]) for name in REASONING if message.turn and message.turn.get(name)]
+            if any(thought.strip() not in found.text for thought in thoughts):
+                self.notes.count("a turn whose reasoning the chat template leaves out")
+        tools = [tool.get("function", tool) for tool in document.variables.get("tools", ())]
+        if any(isinstance(tool, Mapping) and str(tool.get("name")) not in found.text for tool in tools):
+            self.notes.count("a row with 'tools' that the chat template leaves out")
+
+    def _cut(self, document: Document, found: Conversation) -> Iterator[Sample]:
         for piece, repeated in self._pieces(len(found.input_ids)):
             mask = found.loss_mask[piece].copy()
             mask[:repeated] = 0

@@ -151,8 +151,10 @@ class Windows:
             last=ended or self._is_at_end(),
         )
         if not found and window.number == 0:
+            left_out = self._cutter.notes.first_left_out
             raise ValueError(
                 "--data: no sample of at least two tokens; the documents are empty, or --max-tokens is below one sample"
+                + (f". {self._cutter.notes.num_left_out:,} rows were left out, the first: {left_out}" if left_out else "")
             )
         self._pass(found)
         return window

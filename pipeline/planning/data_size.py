@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import ExtractConfig
-from pipeline.data.documents import ROW_SUFFIXES, Document, read_documents, shuffled
+from pipeline.data.documents import Document, read_documents, shuffled
+from pipeline.data.formats import compression_of, holds_rows, suffix_of
+from pipeline.data.notes import Notes
 from pipeline.data.samples import Cutter, Sample
 from pipeline.data.windows import Limits, Window, Windows
 
@@ -59,11 +61,12 @@ def measure_data(
             f"--data: {pipes[0]} is a pipe, and what 'kvpipe plan' reads of it 'kvpipe extract' would not get; give plan a file with "
             "text like that, and --max-tokens"
         )
-    documents = read_documents(config.data, config.text_field, config.split)
+    notes = Notes(leaves_out=config.on_bad_sample == "quarantine")
+    documents = read_documents(config.data, config.text_field, config.split, as_text=config.as_text, notes=notes)
     if config.seed is not None:
         documents = shuffled(documents, config.seed)
     seen = _Seen(documents, most_s)
-    cutter = Cutter(tokenizer=tokenizer, seq_len=seq_len, overlap=config.overlap, vocab_size=vocab_size)
+    cutter = Cutter(tokenizer=tokenizer, seq_len=seq_len, overlap=config.overlap, vocab_size=vocab_size, notes=notes)
     limits = Limits(window_tokens=config.window_tokens, samples=config.limit, tokens=config.max_tokens)
     window = Windows(seen, cutter, limits).next()
     elapsed, known = time.monotonic() - seen.began, window.num_tokens
@@ -127,7 +130,7 @@ def _extrapolate(config: ExtractConfig, samples: Sequence[Sample], read_bytes: i
     known = sum(len(sample.input_ids) for sample in samples)
     limits = {"--limit": config.limit and config.limit * known // len(samples), "--max-tokens": config.max_tokens}
     limit, most = min(((name, most) for name, most in limits.items() if most), key=lambda item: item[1], default=("", None))
-    all_bytes = text_bytes(config.data, config.text_field, config.split)
+    all_bytes = text_bytes(config.data, config.text_field, config.split, as_text=config.as_text)
     if all_bytes is None:
         return _Total(most, None, f"{limit}, if the data has as much" if most else "the data does not say how large it is")
     total = round(known * max(all_bytes / read_bytes, 1.0))
@@ -148,7 +151,7 @@ def _relative_error(samples: Sequence[Sample]) -> float:
     return 2 * statistics.stdev(rates) / len(rates) ** 0.5 / statistics.fmean(rates) if len(rates) > 1 else 1.0
 
 
-def text_bytes(data: Sequence[str], text_field: str, split: str) -> int | None:
+def text_bytes(data: Sequence[str], text_field: str, split: str, *, as_text: bool = False) -> int | None:
     """Bytes of text in local files, from their sizes and the share of text at the beginning of some; None for other data."""
     files: list[Path] = []
     for part in data:
@@ -158,8 +161,11 @@ def text_bytes(data: Sequence[str], text_field: str, split: str) -> int | None:
         files += (
             [path] if path.is_file() else [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
         )
-    rows = [file for file in files if file.name.endswith((*ROW_SUFFIXES, ".parquet"))]
-    total = sum(file.stat().st_size for file in files if file not in set(rows))
+    rows = [file for file in files if holds_rows(file) and not as_text]
+    texts = set(files).difference(rows)
+    if any(compression_of(file) for file in texts):
+        return None
+    total = sum(file.stat().st_size for file in texts)
     if rows:
         tried = rows[:: max(len(rows) // _FILES_TRIED, 1)]
         shares = [_text_share(file, text_field, split) for file in tried]
@@ -169,18 +175,18 @@ def text_bytes(data: Sequence[str], text_field: str, split: str) -> int | None:
 
 def _text_share(file: Path, text_field: str, split: str) -> float:
     """Bytes of text per byte of a file of rows, at its beginning."""
-    if file.suffix == ".parquet":
+    if suffix_of(file) == ".parquet":
         return _parquet_text_share(file, text_field)
     with tempfile.TemporaryDirectory() as folder, file.open("rb") as source:
         head = Path(folder, file.name)
         content = source.read(_HEAD_BYTES)
         whole = len(content) == file.stat().st_size
-        if not whole and file.suffix not in (".gz", ".zst"):
+        if not whole and not compression_of(file):
             content = content[: content.rfind(b"\n") + 1] or content
         head.write_bytes(content)
         found = 0
         try:
-            for document in read_documents([str(head)], text_field, split):
+            for document in read_documents([str(head)], text_field, split, notes=Notes(leaves_out=True)):
                 found += len(document.content())
         except ValueError:
             if whole or not found:
@@ -192,5 +198,6 @@ def _parquet_text_share(file: Path, text_field: str) -> float:
     import pyarrow.parquet as pq
 
     num_rows = pq.ParquetFile(file).metadata.num_rows
-    sizes = [len(row.content()) for row in itertools.islice(read_documents([str(file)], text_field), _ROWS_TRIED)]
+    rows = read_documents([str(file)], text_field, notes=Notes(leaves_out=True))
+    sizes = [len(row.content()) for row in itertools.islice(rows, _ROWS_TRIED)]
     return statistics.fmean(sizes) * num_rows / file.stat().st_size if sizes else 0.0

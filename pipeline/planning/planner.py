@@ -25,7 +25,7 @@ from pipeline.budget import store_bytes
 from pipeline.config import ExtractConfig
 from pipeline.data.samples import Sample
 from pipeline.enter import Run, Say
-from pipeline.extract import make_executor, signal_of
+from pipeline.extract import make_executor, refuse_nothing_to_learn, signal_of
 from pipeline.models.load import load_tokenizer
 from pipeline.models.presets import teacher_preset
 from pipeline.models.probe import length_dependent_rope
@@ -87,6 +87,7 @@ def _try(config: ExtractConfig, storage: Storage, resolved: ResolvedModel, say: 
         seq_len=config.seq_len,
         say=say,
     )
+    refuse_nothing_to_learn(run)
     with trial_place(config) as place:
         started = time.perf_counter()
         executor = make_executor(config, resolved, locate(place), say)

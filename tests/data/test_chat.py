@@ -30,7 +30,8 @@ THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}"
 )
-TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "instructions": INSTRUCTIONS, "thinking": THINKING}
+COUNTING = "{% for m in messages %}{{ m.content }} ({{ m.content | length }} characters){% endfor %}"
+TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "instructions": INSTRUCTIONS, "thinking": THINKING, "counting": COUNTING}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|start|>", "<|end|>", "<|eot|>", "<s>", "</s>"]
 
 
@@ -106,7 +107,7 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
             "instructions", turns("a")[:1] + turns("b")[:1], "refuses this conversation of roles user, user", id="roles"
         ),
         pytest.param(
-            "thinking", turns("a", "<think>so</think>b", "c", "d"), "changes a message of role assistant", id="reasoning"
+            "counting", turns("a", "b"), r"changes a message of role user, turn 1 of 2 \(user\), 'content'", id="length"
         ),
     ],
 )

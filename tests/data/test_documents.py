@@ -108,8 +108,14 @@ def test_globs_reach_subfolders(tmp_path: Path) -> None:
         pytest.param(lambda path: str(path / "*.md"), r"no file matches '.*\*\.md'", id="empty-glob"),
         pytest.param(lambda path: str(path), "was not saved by datasets", id="folder"),
         pytest.param(lambda path: _write(path / "x.txt", b"\xff\xfe\x00"), r"x\.txt is not UTF-8 text \(byte 0\)", id="binary"),
-        pytest.param(lambda path: _write(path / "x.jsonl", b'{"text": "a"}\n{"te'), "not complete JSON lines", id="cut-jsonl"),
-        pytest.param(lambda path: _write(path / "x.jsonl", b"[1]\n"), "line 1 is not an object", id="no-object"),
+        pytest.param(
+            lambda path: _write(path / "x.jsonl", b'{"text": "a"}\n{"te'),
+            r"x\.jsonl, line 2 cannot be read as JSON",
+            id="cut-jsonl",
+        ),
+        pytest.param(
+            lambda path: _write(path / "x.jsonl", b"[1]\n"), r"x\.jsonl, line 1 is not an object but a list", id="no-object"
+        ),
         pytest.param(
             lambda path: _write(path / "x.jsonl.gz", gzip.compress(LINES * 50)[:-30]), "not complete JSON lines", id="cut-gz"
         ),
@@ -264,10 +270,30 @@ def test_a_row_may_hold_a_conversation(row: dict[str, Any], kind: str, tmp_path:
     assert document.messages == (Message(role="user", content="hi"), Message(role="assistant", content="ho"))
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": "user", "content": None}], ["hi"], 7])
-def test_what_is_no_conversation_is_refused(messages: object, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    with pytest.raises(ValueError, match=r"row 0 of .*rows\.jsonl has neither a text nor a list of messages in 'text'"):
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "has neither a text nor a list of messages in 'text'; its fields are messages"),
+        (
+            [{"role": "user"}],
+            r"turn 1 of 1 \(user\) says nothing: it has neither 'content' nor 'tool_calls'; its fields are role",
+        ),
+        ([{"role": "user", "content": None}], r"turn 1 of 1 \(user\) says nothing"),
+        (
+            [{"role": "user", "content": 5}],
+            r"turn 1 of 1 \(user\) has a number in 'content', expected a text or a list of text parts",
+        ),
+        ([{"role": 5, "content": "a"}], r"turn 1 of 1 \(5\) has no 'role' or 'from' that is a string"),
+        (["hi"], "turn 1 of 1 is a string, expected an object with 'role' and 'content', or 'from' and 'value'"),
+        ("hi", "has in 'messages' a text that is not JSON"),
+        (7, "has neither a text nor a list of messages in 'messages', but a number"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(messages: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(
+        ValueError, match=rf"--data: .*rows\.jsonl, line 2 .*{message}.*; 'kvpipe extract' leaves such rows out with"
+    ):
         list(read_documents([str(tmp_path / "rows.jsonl")]))
 
 
