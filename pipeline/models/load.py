@@ -200,7 +200,7 @@ def build_student(spec: str, vocab_size: int | None, seed: int) -> tuple[PreTrai
     if preset is not None and preset.config is not None:
         return _fresh_model(preset.name, preset.config, vocab_size, seed), None
     try:
-        path = resolve_model(spec if preset is None or preset.id is None else preset.id).path
+        path = resolve_model(spec).path
     except ModelLoadError as error:
         raise ModelLoadError(f"student {error}. Student presets are {', '.join(student_preset_names())}") from error
     return load_causal_lm(path, dtype="float32"), load_tokenizer(path)

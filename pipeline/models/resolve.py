@@ -7,7 +7,6 @@ imported inside functions: it alone takes 0.4 s.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.models.presets import TeacherPreset, student_preset, teacher_preset, teacher_preset_names
+from pipeline.presets_path import close_names, same_name
 
 HUB_TIMEOUT_S = 3.0
 """How long the hub may take to answer; the client by itself retries for about 23 s."""
@@ -51,7 +51,8 @@ class ResolvedModel:
 def resolve_model(name: str, revision: str | None = None, *, download: bool = True) -> ResolvedModel:
     """Find a model by preset name, local folder or hub id, downloading it if need be and the hub can be reached.
 
-    A preset named like a folder wins; write `./name` for the folder.
+    A preset's very own name wins over a folder of that name; write `./name` for the folder. A folder wins over everything else that a
+    preset may be called (`presets.teacher_preset`). Repositories in the local cache are found in any case, with or without the organisation.
 
     Args:
         revision: branch, tag or commit of a hub repository; its default branch if None.
@@ -71,7 +72,13 @@ def resolve_model(name: str, revision: str | None = None, *, download: bool = Tr
         id_or_path = str(path)
     else:
         id_or_path = (preset and preset.id) or name
-        path = _snapshot(id_or_path, revision, name) if download else _cached(id_or_path, revision)
+        try:
+            path = _snapshot(id_or_path, revision, name) if download else _cached(id_or_path, revision)
+        except ModelLoadError:
+            cached = _spelling_in_cache(id_or_path)
+            if cached in (None, id_or_path):
+                raise
+            id_or_path, path = cached, _cached(cached, revision)
         commit = path.name
     if problems := validate_checkpoint(path):
         raise ModelLoadError(f"{name}: the checkpoint in {path} cannot be used: " + "; ".join(problems))
@@ -132,6 +139,22 @@ def _cached(repo_id: str, revision: str | None) -> Path:
         ) from error
 
 
+def _spelling_in_cache(name: str) -> str | None:
+    """The hub repository in the local cache that a name means in any case, with or without the organisation; None if there is none.
+
+    Raises:
+        ModelLoadError: several are meant; they are named.
+    """
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    cached = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
+    found = [name] if name in cached else [repository for repository in cached if same_name(repository, name)]
+    if len(found) > 1:
+        raise ModelLoadError(f"{name}: several repositories of the local hub cache have that name, expected one of {', '.join(found)}")
+    return found[0] if found else None
+
+
 def within(seconds: float, call: Callable[[], Answer]) -> Answer:
     """Result of `call`, or TimeoutError: a name lookup or a trickling answer can outlast the client's own timeouts."""
     future: Future[Answer] = Future()
@@ -150,8 +173,8 @@ def _hub_message(error: BaseException, repo_id: str, revision: str | None, name:
     """One line for each way a hub repository can be out of reach."""
     from huggingface_hub import constants, errors
 
-    is_preset_like = name == repo_id and "/" not in name
-    close = difflib.get_close_matches(name, teacher_preset_names(), n=3) or teacher_preset_names()
+    is_preset_like = name == repo_id and ("/" not in name or bool(close_names(name, teacher_preset_names())))
+    close = close_names(name, teacher_preset_names()) or teacher_preset_names()
     subject = f"{name} is no preset (presets: {', '.join(close)}) and, as a hub repository," if is_preset_like else repo_id
     if isinstance(error, errors.HFValidationError):
         return f"{name!r} is neither a preset ({', '.join(close)}), nor a local folder, nor a hub id such as 'Qwen/Qwen2-7B'"
