@@ -20,7 +20,7 @@ from kvstore.spec import KVSpec, format_layers
 from pipeline.align import Alignment, choose_student_layers
 from pipeline.align.spans import align_sample
 from pipeline.align.token_bytes import TokenBytes
-from pipeline.models.load import build_student, load_tokenizer
+from pipeline.models.load import build_student, load_config, load_tokenizer
 from pipeline.models.presets import Geometry, student_preset, teacher_preset
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ModelLoadError, resolve_model
@@ -131,10 +131,7 @@ def _known(name: str, findings: list[Finding]) -> _Side:
             )
         )
         return _published(name, preset.geometry)
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return _of_config(name, config, load_tokenizer(path), findings)
+    return _of_config(name, load_config(path), load_tokenizer(path), findings)
 
 
 def _published(name: str, geometry: Geometry) -> _Side:

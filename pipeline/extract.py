@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tqdm
-import transformers
 
 from kvstore import Store, open_store
 from kvstore.codec import format_codecs, parse_codecs
@@ -38,7 +37,7 @@ from pipeline.flow import PURPOSE, TaskFlow, share_size
 from pipeline.heap import trim_heap
 from pipeline.identity import signal_record
 from pipeline.models.fingerprint import tokenizer_fingerprint
-from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
+from pipeline.models.load import build_student, geometry_mismatch, load_config, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
 from pipeline.monitor.progress import Progress
@@ -90,7 +89,7 @@ def extract(
     storage = locate(config.out)
     refuse_out(storage)
     refuse_device(config)
-    model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
+    model_config = load_config(resolved.path)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
             say(f"warning: {problem}")

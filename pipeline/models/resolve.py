@@ -1,6 +1,6 @@
 """From a name to a folder with a checkpoint: presets, hub repositories (pinned to a commit), local folders.
 
-Knows file names and the hub, not what the files mean to a model; imports neither torch nor transformers. The hub client is
+Knows names and the hub; what lies in a folder is `checkpoint`'s business. Imports neither torch nor transformers. The hub client is
 imported inside functions: it alone takes 0.4 s.
 """
 
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from pipeline.models.checkpoint import validate_checkpoint
+from pipeline.models.files import one_line as one_line
 from pipeline.models.presets import TeacherPreset, student_preset, teacher_preset, teacher_preset_names
 from pipeline.presets_path import close_names, same_name
 
@@ -193,55 +194,3 @@ def _hub_message(error: BaseException, repo_id: str, revision: str | None, name:
         f"{revision or 'main'!r}, and the hub cannot be reached ({reason}). On a connected machine run "
         f"'hf download {repo_id}' and set HF_HOME to the folder above its 'hub' cache, or pass a local folder"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """Kind and text of another library's error, short enough to stand inside a sentence."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder that make up its weights, sorted by name; they need not exist."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
-        return [path / "model.safetensors"]
-    return sorted(path / name for name in set(_json(index)["weight_map"].values()))
-
-
-def validate_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, as far as file names, sizes and headers tell; empty if nothing is."""
-    from safetensors import SafetensorError, safe_open
-
-    problems = []
-    try:
-        _json(path / "config.json")
-        files = weight_files(path)
-    except FileNotFoundError:
-        return [f"it has no config.json, only {sorted(entry.name for entry in path.iterdir())[:8]}"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"a JSON file is damaged ({one_line(error)}); download it again"]
-    missing = [file.name for file in files if not file.exists()]
-    if missing and any(path.glob("*.bin")):
-        problems.append(
-            "it has pickled weights (*.bin) but no *.safetensors, and kvpipe never unpickles; load it once with "
-            "transformers and write it again with save_pretrained"
-        )
-    elif missing:
-        problems.append(f"weight files are missing: {missing}; still downloading? 'hf download' resumes")
-    for file in files:
-        if file.exists():
-            try:
-                safe_open(file, framework="np")
-            except SafetensorError as error:
-                problems.append(
-                    f"{file.name} ({file.stat().st_size} bytes) is damaged or still downloading ({one_line(error)})"
-                )
-    return problems
-
-
-def _json(path: Path) -> dict[str, Any]:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(record, dict):
-        raise TypeError(f"{path.name}: got a {type(record).__name__}, expected an object")
-    return record
