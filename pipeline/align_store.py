@@ -37,6 +37,7 @@ from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment, choose_student_layers
 from pipeline.align.fit import MAPS, Fit
+from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, align_sample
 from pipeline.align.token_bytes import TokenBytes
 from pipeline.models.fingerprint import tokenizer_fingerprint
@@ -157,8 +158,11 @@ class _Aligner:
         given = None if settings.tokenizer is None else load_tokenizer(_tokenizer_folder(settings.tokenizer))
         tokens = given or self._theirs.tokenizer
         student, own = build_student(settings.student, vocab_size=len(tokens), seed=0)
-        if own is not None and given is not None and tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
-            raise ValueError(f"--tokenizer: {settings.student} has a tokenizer of its own; leave --tokenizer out")
+        if own is not None and given is not None and (differences := tokenizer_differences(own, given)):
+            raise ValueError(
+                f"--tokenizer: {settings.student} has a tokenizer of its own; leave --tokenizer out ({settings.tokenizer} is another: "
+                f"{'; '.join(differences)})"
+            )
         self.ours = TokenBytes(own or tokens)
         self.same_tokens = self._theirs.same_as(self.ours)
         self._positions = getattr(student.config, "max_position_embeddings", None)

@@ -12,8 +12,8 @@ from pipeline.models.files import irregular, one_line, read_json, stand_in
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("config.json", "generation_config.json")
 """JSON that is read with a model; transformers drops a generation_config.json it cannot read without a word."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""JSON that is read with a tokenizer."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+"""JSON that is read with a tokenizer, whose class is chosen by the model's type."""
 OPENED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """Files that are read of a folder."""
 

@@ -102,7 +102,7 @@ def _cause(path: Path, error: Exception) -> str:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     code = sorted({str(name) for record in (config, settings) for name in _names_of_code(record.get("auto_map"))})
-    if code and "trust_remote_code" in str(error):
+    if code and ("trust_remote_code" in str(error) or settings.get("auto_map")):
         return (
             f"it is written in code that comes with the checkpoint, {', '.join(code)}. kvpipe runs no code that comes with a checkpoint: "
             "choose a model that transformers itself supports"
@@ -173,7 +173,12 @@ def _validate_finite(path: Path, model: PreTrainedModel) -> None:
     broken = []
     with torch.inference_mode():
         for name, weight in model.named_parameters():
-            if weight.dtype in ordinary and weight.numel() and not weight.is_meta and not torch.isfinite(torch.stack(weight.aminmax())).all():
+            if (
+                weight.dtype in ordinary
+                and weight.numel()
+                and not weight.is_meta
+                and not torch.isfinite(torch.stack(weight.aminmax())).all()
+            ):
                 broken.append((name, weight))
     if broken:
         name, weight = broken[0]

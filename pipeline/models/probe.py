@@ -89,6 +89,7 @@ def probe_causal(model: nn.Module, last_layer: int | None = None) -> None:
     changed[:, -1] = ids[:, 0]
     before, after = (_observe(model, modules, tokens, last_layer) for tokens in (ids, changed))
     for number, first in before.items():
+        _refuse_not_finite(f"{type(model).__name__}, layer {number} ({first.attention.name})", first)
         for kind, old, new in (("K", first.key, after[number].key), ("V", first.value, after[number].value)):
             change = ((new - old)[:, :, :-1].abs().max() / old.abs().max().clamp_min(1e-30)).item()
             if not change <= CAUSAL_TOLERANCE[old.dtype]:
@@ -172,8 +173,7 @@ def _validate_geometry(where: str, seen: _Observed, config: Any) -> tuple[int, b
     shapes = f"K {list(seen.key.shape)}, V {list(seen.value.shape)}"
     if seen.key.ndim != 4 or seen.value.ndim != 4 or seen.key.shape[:3] != seen.value.shape[:3]:
         raise CaptureError(f"{where}: got {shapes}, expected both [batch, kv_head, token, dim] with equal heads")
-    if not (torch.isfinite(seen.key).all() and torch.isfinite(seen.value).all()):
-        raise CaptureError(f"{where}: keys or values are not finite ({shapes}, {seen.key.dtype}); damaged weights?")
+    _refuse_not_finite(where, seen)
     num_heads = seen.key.shape[1]
     latent = _is_latent(seen)
     if not latent and (drifting := drift(seen.value, seen.value)) > CONSTANT:
@@ -189,6 +189,15 @@ def _validate_geometry(where: str, seen: _Observed, config: Any) -> tuple[int, b
             f"hidden_size {config.hidden_size}); kvpipe refuses to guess which one is right"
         )
     return num_heads // repeats, latent
+
+
+def _refuse_not_finite(where: str, seen: _Observed) -> None:
+    """The weights are finite, or the model would not have been loaded: its numbers overflow."""
+    if not (torch.isfinite(seen.key).all() and torch.isfinite(seen.value).all()):
+        raise CaptureError(
+            f"{where}: keys or values are not finite (K {list(seen.key.shape)}, V {list(seen.value.shape)}, {seen.key.dtype}), expected "
+            "finite numbers; the model's numbers overflow: try --dtype bfloat16 or float32, or are its weights damaged?"
+        )
 
 
 def _is_latent(seen: _Observed) -> bool:

@@ -152,7 +152,9 @@ def _spelling_in_cache(name: str) -> str | None:
     cached = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
     found = [name] if name in cached else [repository for repository in cached if same_name(repository, name)]
     if len(found) > 1:
-        raise ModelLoadError(f"{name}: several repositories of the local hub cache have that name, expected one of {', '.join(found)}")
+        raise ModelLoadError(
+            f"{name}: several repositories of the local hub cache have that name, expected one of {', '.join(found)}"
+        )
     return found[0] if found else None
 
 

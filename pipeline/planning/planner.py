@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-
 from kvstore.calibration import CALIBRATION_TOKENS
 from kvstore.commits import committed_shards, create_commit
 from kvstore.compaction import compact, loose_table_bytes

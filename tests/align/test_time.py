@@ -165,8 +165,8 @@ def test_an_empty_sequence_gives_zeros_of_the_length_asked_for(T_out: int, dtype
     x = torch.randn(2, 3, 0, 4).to(dtype).requires_grad_()
     indices = build_safe_linear_indices(2, 0, T_out, x.device)
     assert (indices.dtype, indices.tolist()) == (torch.int64, [[0] * T_out] * 2)
-    for given in (indices, indices[0], torch.arange(T_out) - 3):
-        out = safe_time_resample(x, given)
+    for chosen in (indices, indices[0], torch.arange(T_out) - 3):
+        out = safe_time_resample(x, chosen)
         assert out.dtype == dtype
         assert torch.equal(out, torch.zeros((2, 3, T_out, 4), dtype=dtype))
         torch.autograd.backward(out.sum())
