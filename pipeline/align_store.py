@@ -24,6 +24,7 @@ from kvstore.calibration import (
     ChannelMoments,
     calibration_mask,
     fit_groups,
+    refuse_broken_sample,
 )
 from kvstore.codec import KINDS, format_codecs, parse_codecs
 from kvstore.commits import Commit, sample_id, token_crc32c
@@ -313,9 +314,13 @@ class _Aligner:
             samples = self._samples(indices)
             counted = calibration_mask([len(sample.input_ids) for sample in samples])
             counted &= np.concatenate([sample.spans.kept for sample in samples])
+            named = [
+                (self._store.samples.ids[index], len(sample.input_ids)) for index, sample in zip(indices, samples, strict=True)
+            ]
             for layer, *sides in self._layers(indices, samples):
                 for kind, values in zip(KINDS, sides, strict=True):
                     if (layer, kind) in moments:
+                        refuse_broken_sample(values, named, layer, kind, self._store.location)
                         moments[layer, kind].add(values[counted])
             done += sum(origin.num_tokens for origin in run)
         return fit_groups(wanted.groups, moments)

@@ -42,13 +42,16 @@ OPTIONAL_FIELDS = {"model_type", "head_dim"}
 """Fields transformers reads from any config although not every config class declares them."""
 
 
-def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu", last_layer: int | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    path: Path, dtype: str = "auto", device: str = "cpu", last_layer: int | None = None, spare_embedding: bool = False
+) -> PreTrainedModel:
     """Load a decoder from safetensors, in evaluation mode, every weight of it from the checkpoint.
 
     Args:
         dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` to spread it over what there is.
         last_layer: what is above is not read where the model can do without (`partial.is_partial`); None for all.
+        spare_embedding: whether rows of the embedding may be broken, which spoil only samples that have their tokens.
 
     Raises:
         ModelLoadError: the files are damaged or incomplete, or this is no causal decoder.
@@ -78,7 +81,7 @@ def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu", last_la
         )
     _validate_weights(path, report)
     _validate_causal(path, model)
-    _validate_finite(path, model)
+    _validate_finite(path, model, spare_embedding)
     return model.eval()
 
 
@@ -165,20 +168,17 @@ def _validate_weights(path: Path, report: Mapping[str, Any]) -> None:
         )
 
 
-def _validate_finite(path: Path, model: PreTrainedModel) -> None:
+def _validate_finite(path: Path, model: PreTrainedModel, spare_embedding: bool) -> None:
     """Look at every weight: one that is not finite shows much later, as a model that seems not to be causal or a loss of NaN."""
     import torch
 
+    spared = model.get_input_embeddings().weight if spare_embedding else None
     ordinary = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     broken = []
     with torch.inference_mode():
         for name, weight in model.named_parameters():
-            if (
-                weight.dtype in ordinary
-                and weight.numel()
-                and not weight.is_meta
-                and not torch.isfinite(torch.stack(weight.aminmax())).all()
-            ):
+            looked_at = weight.dtype in ordinary and weight.numel() and not weight.is_meta and weight is not spared
+            if looked_at and not torch.isfinite(torch.stack(weight.aminmax())).all():
                 broken.append((name, weight))
     if broken:
         name, weight = broken[0]

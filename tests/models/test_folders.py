@@ -199,8 +199,18 @@ def test_numbers_that_overflow_are_not_called_not_causal() -> None:
     with torch.no_grad():
         model.get_parameter("model.layers.1.self_attn.v_proj.weight").fill_(6e4)
         model.get_parameter("model.layers.1.input_layernorm.weight").fill_(6e4)
-    with pytest.raises(CaptureError, match=r"layer 1 .*not finite .*float16.*numbers overflow: try --dtype bfloat16"):
+    with pytest.raises(CaptureError, match=r"layer 1 .*not finite .*float16.*numbers overflow\? Try --dtype bfloat16"):
         probe_causal(model)
+
+
+def test_a_broken_row_of_the_embedding_is_left_to_the_samples_unless_the_probe_meets_it(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][11] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"weight model.embed_tokens.weight is NaN in 64 of"):
+        build_student(str(folder), vocab_size=258, seed=0)
+    with pytest.raises(CaptureError, match=r"the embedding of tokens \[11\] is NaN or infinite"):
+        probe_causal(load_causal_lm(folder, spare_embedding=True))
 
 
 @pytest.mark.parametrize(
