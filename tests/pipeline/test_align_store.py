@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from click.testing import CliRunner
 from tokenizers import normalizers
 
-from kvstore import FingerprintMismatchError, KVStoreError, StoreFormatError, open_store
+from kvstore import CodecError, FingerprintMismatchError, KVStoreError, StoreFormatError, open_store
 from kvstore.describe import describe
 from kvstore.reader import Store
 from kvstore.rewrite import recode_store
@@ -247,6 +249,22 @@ def test_what_cannot_be_aligned_is_refused_before_anything_is_written(
         align_store(str(raw), str(raw), AlignSettings(student=student))
     align_store(str(raw), str(tmp_path / "once"), AlignSettings(student=student))
     refused(r"is already aligned to a student; expected a raw store", store=tmp_path / "once", kind=KVStoreError)
+
+
+@pytest.mark.parametrize("other_tokens", [False, True])
+def test_nan_in_the_store_is_named_by_sample_while_calibrating(
+    raw: Path, tokenizer: str, tmp_path: Path, other_tokens: bool
+) -> None:
+    store = Path(shutil.copytree(raw, tmp_path / "broken"))
+    array = zarr.open_array(store / "kv.zarr/value", mode="r+")
+    samples = open_store(store).samples
+    array[3, int(samples.token_start[2]) + int(samples.num_tokens[2]) // 2, 1, 3] = np.nan
+    settings = AlignSettings(student=student_file(tmp_path), tokenizer=tokenizer if other_tokens else None, codec="q8")
+    with pytest.raises(
+        CodecError, match=rf"calibration: sample {samples.ids[2][:12]} of .*, layer 3, value: got NaN or infinity"
+    ):
+        align_store(str(store), str(tmp_path / "out"), settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_larger_student_with_other_tokens_keeps_the_teachers_geometry(raw: Path, tokenizer: str, tmp_path: Path) -> None:
