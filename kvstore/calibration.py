@@ -108,7 +108,7 @@ def refuse_broken_sample(
         ends = np.cumsum([num_tokens for _, num_tokens in samples])
         identity = samples[int(np.searchsorted(ends, int(finite.argmin()), side="right"))][0]
         raise CodecError(
-            f"calibration: sample {identity[:12]} of {origin}, layer {layer}, {kind}: got NaN or infinity, expected finite values. 'kvpipe verify "
+            f"sample {identity[:12]} of {origin}, layer {layer}, {kind}: got NaN or infinity, expected finite values. 'kvpipe verify "
             f"{origin} --deep' lists all such samples; 'kvpipe repair' makes them again, 'kvpipe drop' takes them out"
         )
 
