@@ -91,6 +91,28 @@ def calibration_mask(lengths: Sequence[int]) -> np.ndarray:
     return np.concatenate([np.arange(length) >= min(SINK_TOKENS, length // 2) for length in lengths])
 
 
+def refuse_broken_sample(
+    values: Float[np.ndarray, "token kv_head dim"], samples: Sequence[tuple[str, int]], layer: int, kind: Kind, origin: str
+) -> None:
+    """Name the first sample with a value that is not finite, before it spoils the sums of all.
+
+    Args:
+        samples: id and number of tokens of each, end to end.
+        origin: the store they are read from.
+
+    Raises:
+        CodecError: there is one.
+    """
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if not finite.all():
+        ends = np.cumsum([num_tokens for _, num_tokens in samples])
+        identity = samples[int(np.searchsorted(ends, int(finite.argmin()), side="right"))][0]
+        raise CodecError(
+            f"sample {identity[:12]} of {origin}, layer {layer}, {kind}: got NaN or infinity, expected finite values. 'kvpipe verify "
+            f"{origin} --deep' lists all such samples; 'kvpipe repair' makes them again, 'kvpipe drop' takes them out"
+        )
+
+
 def fit_quantizer(quantizer: Quantizer, moments: ChannelMoments) -> tuple[Channel, Channel]:
     """Mean and step of every channel of one layer: a fixed step, widened for loud channels (research/codecs.md 6).
 

@@ -197,8 +197,8 @@ class Encoded:
 
     codes: Shaped[Any, "token kv_head code"]
     measures: Float[Any, "3 token"]
-    """Of each token: sum of squared deviations from the channel means (of squares for raw), not finite exactly where a value is
-    not, or is beyond 1e19 and of no use; sum of squared errors; and the largest error of it or a token encoded with it."""
+    """Of each token: sum of squared deviations from the channel means (of squares for raw), NaN exactly where a value is not finite;
+    sum of squared errors; and the largest error of it or a token encoded with it. Each at most the largest float32."""
 
 
 def encode_measured(
@@ -215,22 +215,22 @@ def encode_measured(
         pieces = (values[first : first + piece] for first in range(0, len(values), piece))
         parts = [encode_measured(quantizer, part, mean, step) for part in pieces]
         return Encoded(np.concatenate([p.codes for p in parts]), np.concatenate([p.measures for p in parts], axis=1))
-    if quantizer is None:
-        codes = _bits(values)
-        squared = _sum_of_squares(xp, decode(None, codes, None, None))
-        return Encoded(codes, xp.stack([squared, xp.zeros_like(squared), xp.zeros_like(squared)]))
-    assert mean is not None
-    assert step is not None
-    work = _deviations(xp, values, mean)
-    squared = _sum_of_squares(xp, work)
-    with np.errstate(invalid="ignore"):  # of NaN there are codes too; `measures` tells
+    with np.errstate(invalid="ignore", over="ignore"):  # of NaN and of what overflows there are codes too; `measures` tells
+        if quantizer is None:
+            codes = _bits(values)
+            squared = _sum_of_squares(xp, decode(None, codes, None, None))
+            return Encoded(codes, _bounded(xp, values, squared, xp.zeros_like(squared), xp.zeros_like(squared)))
+        assert mean is not None
+        assert step is not None
+        work = _deviations(xp, values, mean)
+        squared = _sum_of_squares(xp, work)
         work /= step
         codes, rounded = _quantized(xp, quantizer, work)
-    work -= rounded
-    work *= step
-    # Over all of them, for finding it token by token costs more than all the rest.
-    largest = xp.maximum(xp.max(work), -xp.min(work)) if work.shape[0] else 0.0
-    return Encoded(codes, xp.stack([squared, _sum_of_squares(xp, work), xp.zeros_like(squared) + largest]))
+        work -= rounded
+        work *= step
+        # Over all of them, for finding it token by token costs more than all the rest.
+        largest = xp.maximum(xp.max(work), -xp.min(work)) if work.shape[0] else 0.0
+        return Encoded(codes, _bounded(xp, values, squared, _sum_of_squares(xp, work), xp.zeros_like(squared) + largest))
 
 
 def decode(
@@ -290,6 +290,23 @@ def _sum_of_squares(xp: Any, values: Float32[Any, "token kv_head dim"]) -> Float
     flat = xp.reshape(values, (values.shape[0], -1))
     # A product of many short rows is the quickest on the host and one of the slowest on a GPU.
     return xp.vecdot(flat, flat) if is_numpy_array(values) else xp.linalg.vector_norm(flat, axis=1) ** 2
+
+
+def _bounded(
+    xp: Any,
+    values: Values,
+    squared: Float32[Any, "token"],
+    squared_error: Float32[Any, "token"],
+    largest: Float32[Any, "token"],
+) -> Float32[Any, "3 token"]:
+    """Measures in which finite values that are too large to be squared in float32 are not mistaken for broken ones."""
+    measures = xp.stack([squared, squared_error, largest])
+    if is_numpy_array(values) and np.isfinite(measures).all():
+        return measures
+    # A device is not asked, which would mean to wait for it: there this is computed in any case.
+    finite = xp.all(xp.isfinite(xp.reshape(values, (values.shape[0], -1))), axis=1)
+    bounded = xp.where(xp.isnan(measures), xp.inf, measures)
+    return xp.where(finite, xp.clip(bounded, max=float(np.finfo(np.float32).max)), xp.nan)
 
 
 def _quantized(xp: Any, quantizer: Quantizer, scaled: Any) -> tuple[Codes, Any]:

@@ -19,6 +19,7 @@ from kvstore.calibration import (
     calibration_mask,
     channels_of,
     fit_groups,
+    refuse_broken_sample,
 )
 from kvstore.codec import KINDS, Codec, Kind
 from kvstore.commits import Commit
@@ -200,7 +201,10 @@ def _calibrate(store: Store, wanted: Manifest, origins: Sequence[Origin], progre
         batch = store.read_codes([origin.index for origin in run])
         counted = calibration_mask([origin.num_tokens for origin in run])
         counted &= batch.compared if wanted.is_response_only else batch.has_kv
+        samples = [(origin.id, origin.num_tokens) for origin in run]
         for layer, kind in moments:
-            moments[layer, kind].add(_decoded(store, batch, layer, kind)[counted])
+            values = _decoded(store, batch, layer, kind)
+            refuse_broken_sample(values, samples, layer, kind, store.location)
+            moments[layer, kind].add(values[counted])
         done += sum(origin.num_tokens for origin in run)
     return fit_groups(wanted.groups, moments)

@@ -110,9 +110,10 @@ class ShardWriter:
             if not np.isfinite(encoded.measures[0]).all():
                 self._refuse(layer, kind, placed, values)
             if inherited is not None:
-                squared, squared_error, largest = encoded.measures
-                squared_error += inherited[kind]["centred_error"] ** 2 * squared
-                largest += inherited[kind]["max_abs_error"]
+                measures = encoded.measures.astype(np.float64)
+                measures[1] += inherited[kind]["centred_error"] ** 2 * measures[0]
+                measures[2] += inherited[kind]["max_abs_error"]
+                encoded = Encoded(encoded.codes, measures)
             self.put_encoded(layer, kind, placed, encoded)
 
     def put_encoded(self, layer: int, kind: Kind, placed: Sequence[Placed], encoded: Encoded) -> None:

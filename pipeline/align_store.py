@@ -24,6 +24,7 @@ from kvstore.calibration import (
     ChannelMoments,
     calibration_mask,
     fit_groups,
+    refuse_broken_sample,
 )
 from kvstore.codec import KINDS, format_codecs, parse_codecs
 from kvstore.commits import Commit, sample_id, token_crc32c
@@ -37,6 +38,7 @@ from kvstore.storage import locate
 from kvstore.writer import ShardWriter
 from pipeline.align import Alignment, choose_student_layers
 from pipeline.align.fit import MAPS, Fit
+from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, align_sample
 from pipeline.align.token_bytes import TokenBytes
 from pipeline.models.fingerprint import tokenizer_fingerprint
@@ -157,8 +159,11 @@ class _Aligner:
         given = None if settings.tokenizer is None else load_tokenizer(_tokenizer_folder(settings.tokenizer))
         tokens = given or self._theirs.tokenizer
         student, own = build_student(settings.student, vocab_size=len(tokens), seed=0)
-        if own is not None and given is not None and tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
-            raise ValueError(f"--tokenizer: {settings.student} has a tokenizer of its own; leave --tokenizer out")
+        if own is not None and given is not None and (differences := tokenizer_differences(own, given)):
+            raise ValueError(
+                f"--tokenizer: {settings.student} has a tokenizer of its own; leave --tokenizer out ({settings.tokenizer} is another: "
+                f"{'; '.join(differences)})"
+            )
         self.ours = TokenBytes(own or tokens)
         self.same_tokens = self._theirs.same_as(self.ours)
         self._positions = getattr(student.config, "max_position_embeddings", None)
@@ -309,9 +314,13 @@ class _Aligner:
             samples = self._samples(indices)
             counted = calibration_mask([len(sample.input_ids) for sample in samples])
             counted &= np.concatenate([sample.spans.kept for sample in samples])
+            named = [
+                (self._store.samples.ids[index], len(sample.input_ids)) for index, sample in zip(indices, samples, strict=True)
+            ]
             for layer, *sides in self._layers(indices, samples):
                 for kind, values in zip(KINDS, sides, strict=True):
                     if (layer, kind) in moments:
+                        refuse_broken_sample(values, named, layer, kind, self._store.location)
                         moments[layer, kind].add(values[counted])
             done += sum(origin.num_tokens for origin in run)
         return fit_groups(wanted.groups, moments)

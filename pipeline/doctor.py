@@ -18,9 +18,10 @@ from kvstore.codec import parse_codecs
 from kvstore.reader import Store
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align import Alignment, choose_student_layers
+from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.align.spans import align_sample
 from pipeline.align.token_bytes import TokenBytes
-from pipeline.models.load import build_student, load_tokenizer
+from pipeline.models.load import build_student, load_config, load_tokenizer
 from pipeline.models.presets import Geometry, student_preset, teacher_preset
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ModelLoadError, resolve_model
@@ -131,10 +132,7 @@ def _known(name: str, findings: list[Finding]) -> _Side:
             )
         )
         return _published(name, preset.geometry)
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return _of_config(name, config, load_tokenizer(path), findings)
+    return _of_config(name, load_config(path), load_tokenizer(path), findings)
 
 
 def _published(name: str, geometry: Geometry) -> _Side:
@@ -345,15 +343,16 @@ def _check_store(store: Store, theirs: _Side, ours: _Side, tokenizer: Any) -> li
                 fatal=True,
             )
         )
-    if ours.tokenizer is not None and tokenizer is not None and ours.tokenizer.get_vocab() != tokenizer.get_vocab():
+    both = ours.tokenizer is not None and tokenizer is not None
+    if both and (differences := tokenizer_differences(ours.tokenizer, tokenizer)):
         found.append(
             Finding(
-                what=f"the token ids of {store.location} are not those of {ours.name}",
+                what=f"the token ids of {store.location} are not those of {ours.name} (student against store: {'; '.join(differences)})",
                 fix=f"'kvpipe align {store.location} --student {ours.name} --out ALIGNED', and train from that",
                 fatal=True,
             )
         )
-    if ours.tokenizer is not None and tokenizer is not None and ours.num_embeddings < len(tokenizer):
+    if both and ours.num_embeddings < len(tokenizer):
         found.append(_too_small(ours, len(tokenizer)))
     return found
 

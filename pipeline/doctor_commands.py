@@ -39,8 +39,9 @@ def doctor(teacher: str, student: str, store: str | None, layer_map: str, text: 
     kvpipe doctor --teacher qwen2-7b --student qwen2-0.5b --store my-store
     """
     from pipeline.doctor import examine
+    from pipeline.models.files import read_text
 
-    found = examine(teacher, student, store, layer_map, None if text is None else text.read_text(encoding="utf-8"))
+    found = examine(teacher, student, store, layer_map, None if text is None else read_text(text))
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(found), "ok": found.ok}))
     else:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tqdm
 
 from kvstore import Store, StoreNotFoundError
@@ -28,12 +29,14 @@ from kvstore.storage import Storage, locate
 from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
 from pipeline.data.notes import Notes
+from pipeline.data.samples import Sample
 from pipeline.data.windows import Window
 from pipeline.executors import Executor
-from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
+from pipeline.gate import BadSequenceError, FidelityError, GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record
 from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, RunParts, first_part, run_of, token_arrays
+from pipeline.quarantine import BadSampleError
 from pipeline.worker import Job, Moments, TeacherInfo, merge_moments
 
 Say = Callable[[str], None]
@@ -126,9 +129,8 @@ def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Cali
         return None
     samples = [sample for sample in run.first.samples if sample.id not in executor.bad_ids]
     chosen = gate_sequences([len(sample.input_ids) for sample in samples], run.config.gate_tokens)
-    sequences = tuple(samples[index].input_ids for index in chosen)
     codec = format_codecs(signal.codecs)
-    result: GateResult = executor.ask("gate", signal.job, sequences, codec, calibration)
+    result, sequences = _try_on(run, signal, executor, [samples[index] for index in chosen], codec, calibration)
     alternatives: list[GateResult] = []
     if not result.passes(run.config.max_kl) and not run.config.accept_fidelity:
         for finer in finer_codecs(codec):
@@ -136,6 +138,27 @@ def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Cali
             if alternatives[-1].passes(run.config.max_kl):
                 break
     return _judge(run, "gate", result, alternatives)
+
+
+def _try_on(
+    run: Run, signal: Signal, executor: Executor, samples: list[Sample], codec: str, calibration: Calibration
+) -> tuple[GateResult, tuple[np.ndarray, ...]]:
+    """What a codec does to these samples, and which were read: samples that cannot be computed are left out if that was asked for.
+
+    Raises:
+        BadSampleError: the teacher gives a sample values that are not finite.
+    """
+    while True:
+        sequences = tuple(sample.input_ids for sample in samples)
+        try:
+            return executor.ask("gate", signal.job, sequences, codec, calibration), sequences
+        except BadSequenceError as error:
+            bad = samples.pop(error.number)
+            if run.config.on_bad_sample != "quarantine" or not samples:
+                raise BadSampleError(
+                    f"sample {bad.id[:12]} ({bad.source}) cannot be computed for the gate: {error.reason}. Take it out of the data, or leave it "
+                    "out with --on-bad-sample quarantine, which records it in the store"
+                ) from None
 
 
 def gate_after(run: Run, signal: Signal, executor: Executor) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tqdm
-import transformers
 
 from kvstore import Store, open_store
 from kvstore.codec import format_codecs, parse_codecs
@@ -26,6 +25,7 @@ from kvstore.manifest import MANIFEST, plan_groups, read_manifest
 from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.storage import Folder, Storage, locate
 from pipeline.align import Alignment, choose_student_layers
+from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.budget import ByteBudget, refuse_small_budget
 from pipeline.config import ExtractConfig
 from pipeline.data.chat import template_fingerprint
@@ -38,8 +38,7 @@ from pipeline.executors import Executor, RayExecutor, SerialExecutor
 from pipeline.flow import PURPOSE, TaskFlow, share_size
 from pipeline.heap import trim_heap
 from pipeline.identity import signal_record
-from pipeline.models.fingerprint import tokenizer_fingerprint
-from pipeline.models.load import build_student, geometry_mismatch, load_tokenizer
+from pipeline.models.load import build_student, geometry_mismatch, load_config, load_tokenizer
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
 from pipeline.monitor.progress import Progress
@@ -91,7 +90,7 @@ def extract(
     storage = locate(config.out)
     refuse_out(storage)
     refuse_device(config)
-    model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
+    model_config = load_config(resolved.path)
     if resolved.preset is not None:
         for problem in geometry_mismatch(resolved.preset, model_config):
             say(f"warning: {problem}")
@@ -249,10 +248,11 @@ def _stored(run: Run, info: TeacherInfo) -> tuple[Alignment | None, KVSpec]:
     if config.student is None:
         return None, info.spec.select(parse_layers(config.layers or "all", info.spec.layer_numbers))
     student, student_tokenizer = build_student(config.student, vocab_size=len(run.tokenizer), seed=0)
-    if student_tokenizer is not None and tokenizer_fingerprint(student_tokenizer) != tokenizer_fingerprint(run.tokenizer):
+    if student_tokenizer is not None and (differences := tokenizer_differences(student_tokenizer, run.tokenizer)):
         raise ValueError(
-            f"--student: {config.student} has another tokenizer than the teacher, so its tokens are not the teacher's tokens; "
-            "extract without --student (a raw store keeps the text), or name a student of the teacher's family"
+            f"--student: {config.student} has another tokenizer than the teacher, so its tokens are not the teacher's tokens (student against "
+            f"teacher: {'; '.join(differences)}); extract without --student (a raw store keeps the text), or name a student of the teacher's "
+            "family"
         )
     alignment, stored = stored_geometry(config, info.spec, probe_kv_spec(student))
     if not alignment.baked:

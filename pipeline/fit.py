@@ -10,7 +10,8 @@ import torch
 
 from kvstore import KVStoreError
 from kvstore.batches import KVBatch
-from kvstore.calibration import calibration_mask
+from kvstore.calibration import calibration_mask, refuse_broken_sample
+from kvstore.codec import KINDS
 from kvstore.compose import Progress
 from kvstore.reader import Store
 from kvstore.spec import KVSpec, format_layers
@@ -191,6 +192,8 @@ def _count_sample(store: Store, index: int, sums: dict[int, Sums], beside: _Besi
     for layer, of_layer in sums.items():
         batch = store.read([index], [layer])
         counts = _counting(store, batch)
+        for kind, values in zip(KINDS, (batch.key[0], batch.value[0]), strict=True):
+            refuse_broken_sample(values, [(store.samples.ids[index], len(values))], layer, kind, store.location)
         key, value = batch.key[0][counts], batch.value[0][counts]
         of_layer.add(key, value)
         num_tokens = int(counts.sum())

@@ -10,10 +10,11 @@ from kvstore import KVStoreError
 from kvstore.errors import FingerprintMismatchError
 from kvstore.reader import Store
 from kvstore.spec import KVSpec
+from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.fit import StudentKV, TeacherQueries
 from pipeline.models.capture import capture_kv
-from pipeline.models.fingerprint import tokenizer_fingerprint, weights_fingerprint
-from pipeline.models.load import load_causal_lm
+from pipeline.models.fingerprint import weights_fingerprint
+from pipeline.models.load import load_causal_lm, load_tokenizer
 from pipeline.models.queries import capture_queries
 from pipeline.models.resolve import resolve_model
 
@@ -30,10 +31,12 @@ def pretrained_student(
         raise ValueError(
             f"ridge: the student {name} has fresh weights, expected a pretrained one; what random layers make of a token is nothing to fit to"
         )
-    if tokenizer_fingerprint(tokenizer) != store.manifest.signal.get("tokenizer"):
+    if store.tokenizer_path is None:
+        raise ValueError(f"ridge: {store.location} keeps no tokenizer, so its tokens cannot be compared; extract it again")
+    if differences := tokenizer_differences(tokenizer, load_tokenizer(store.tokenizer_path)):
         raise ValueError(
-            f"ridge: {name} has another tokenizer than {store.location}, expected the same tokens on both sides; choose a student of the "
-            "teacher's family, or another method"
+            f"ridge: {name} has another tokenizer than {store.location}, expected the same tokens on both sides (student against store: "
+            f"{'; '.join(differences)}); choose a student of the teacher's family, or another method"
         )
     model = model.to(device)
 

@@ -78,6 +78,21 @@ class GateResult:
             raise ValueError(f"gate: {error}; expected {', '.join(f.name for f in dataclasses.fields(cls))}") from error
 
 
+class BadSequenceError(CodecError):
+    """The teacher gives values of one sequence that are not finite: leave it out, or name its sample."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        """
+        Args:
+            number: its place among the sequences of the gate.
+        """
+        super().__init__(number, reason)
+        self.number, self.reason = number, reason
+
+    def __str__(self) -> str:
+        return f"sequence {self.number} of the gate, {self.reason}"
+
+
 def run_gate(
     model: Any,
     spec: KVSpec,
@@ -144,8 +159,11 @@ def _compare(
     num_samples, num_predicted, num_tokens = 0, 0, 0
     sums = np.zeros(4)
     with torch.inference_mode(), evaluation_mode(model):
-        for input_ids, replace in pairs:
-            sums += _read_twice(model, spec, input_ids, replace)
+        for number, (input_ids, replace) in enumerate(pairs):
+            try:
+                sums += _read_twice(model, spec, input_ids, replace)
+            except CodecError as error:
+                raise BadSequenceError(number, str(error)) from None
             num_samples += 1
             num_tokens += len(input_ids)
             num_predicted += len(input_ids) - 1
@@ -257,10 +275,14 @@ def self_calibrated(
         for layer in chosen.layers
         for kind in KINDS
     }
-    for input_ids in sequences:
+    for number, input_ids in enumerate(sequences):
         wanted = calibration_mask([len(input_ids)])
         for layer, kv in capture_kv(model, spec, _batch_of_one(model, input_ids), layers=layers).items():
             for kind, values in zip(KINDS, kv, strict=True):
+                if not torch.isfinite(values).all():
+                    raise BadSequenceError(
+                        number, f"layer {layer}, {kind}: got NaN or infinity from the teacher, expected finite values"
+                    )
                 moments[layer, kind].add(values[0].transpose(0, 1).float().cpu().numpy()[wanted])
     fits: dict[tuple[int, Kind], Fit] = {}
     for (layer, kind), seen in moments.items():

@@ -86,7 +86,7 @@ def recorded_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def run_record(config: ExtractConfig, resolved: ResolvedModel) -> dict[str, Any]:
     """The settings of an extraction as its manifest keeps them, so that `repair` can run it again from anywhere."""
-    teacher = resolved.id_or_path if resolved.preset is None else config.teacher
+    teacher = resolved.id_or_path if resolved.preset is None else resolved.preset.name
     data = tuple(_absolute(part) for part in config.data)
     settings = config.model_copy(update={"teacher": teacher, "data": data, "revision": resolved.commit or config.revision})
     omitted = set(_NOT_RECORDED)

@@ -163,8 +163,9 @@ def drop(store: str, ids: Path, as_json: bool) -> None:
     echo 3f2a9c01 | kvpipe drop my-store --ids -
     """
     from kvstore.drop import drop_samples
+    from pipeline.models.files import decoded, read_text
 
-    text = sys.stdin.read() if str(ids) == "-" else ids.read_text(encoding="utf-8")
+    text = decoded(sys.stdin.buffer.read(), "--ids -") if str(ids) == "-" else read_text(ids)
     wanted = [line.partition("#")[0].strip() for line in text.splitlines()]
     with progress_bar("drop", "shard") as progress:
         summary = drop_samples(store, [line for line in wanted if line], progress)

@@ -121,7 +121,7 @@ class Worker:
             environment: variables a process on another machine lacks: a bucket's credentials.
         """
         os.environ.update(environment)
-        load = functools.partial(load_causal_lm, source.path, source.dtype, source.device)
+        load = functools.partial(load_causal_lm, source.path, source.dtype, source.device, spare_embedding=True)
         self._teacher = Teacher(load, source.last_layer)
         self._kept: dict[int, list[_Captured]] = {}
         self._codec: tuple[str, StoreCodec] | None = None

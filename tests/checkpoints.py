@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 272
 """256 bytes, end of text, padding and, as in published checkpoints, some rows no token uses."""
@@ -69,6 +69,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING)
+
+
+def save_tokenizer(directory: Path, model_type: str = "qwen2") -> Path:
+    """Write that tokenizer as an extraction keeps it in a store: of the class transformers chooses for the teacher's type."""
+    byte_tokenizer().save_pretrained(directory)
+    tiny_config(model_type).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    (directory / "config.json").unlink()
+    return directory
 
 
 def save_checkpoint(

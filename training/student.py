@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.models.attention import attention_modules
 from pipeline.models.load import build_student, load_tokenizer
 from training.mixture import Readable
@@ -45,10 +46,11 @@ def prepare_student(
         raise ValueError(
             f"lora_rank: got {lora_rank}, but the student {name} has fresh weights, expected a pretrained one; leave lora_rank out"
         )
-    if own_tokenizer is not None and own_tokenizer.get_vocab() != tokenizer.get_vocab():
+    if own_tokenizer is not None and (differences := tokenizer_differences(own_tokenizer, tokenizer)):
         raise ValueError(
             f"student: {name} has another tokenizer ({len(own_tokenizer)} tokens) than the store ({len(tokenizer)} tokens, "
-            f"{store.tokenizer_path}); token ids would mean other text. Choose a student of the teacher's family, or a fresh one."
+            f"{store.tokenizer_path}); token ids would mean other text (student against store: {'; '.join(differences)}). Choose a student of the "
+            f"teacher's family, or a fresh one, or make a store in its tokens: 'kvpipe align {store.location} --student {name} --out ALIGNED'"
         )
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):

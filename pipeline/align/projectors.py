@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kvstore.spec import RopeSpec
 from pipeline.align.heads import Channels, key_channels, project_heads, select_channels, spread_channels
 from pipeline.align.time import resample_kv_with_interpolation
-from pipeline.presets_path import configs_dir
+from pipeline.presets_path import close_names, configs_dir, find_preset, same_name
 
 _TEACHER_FIELDS = ("d_model", "num_layers", "num_kv_heads", "head_dim")
 
@@ -110,11 +110,12 @@ class KVDimensionProjector(nn.Module):
     with equal bases on both sides; where that is untrue use `KVProjector` with RopeSpecs, or an `Alignment`.
 
     Args:
-        teacher_configs: per teacher `d_model` and `num_layers`; `num_kv_heads` and `head_dim` are checked when given.
-            `d_model` is the width of all heads together, num_heads * head_dim (mostly `hidden_size`).
+        teacher_configs: per teacher `d_model` and `num_layers`; `num_kv_heads` and `head_dim` are checked when given. Any
+            names will do. `d_model` is the width of all heads together, num_heads * head_dim (mostly `hidden_size`).
         student_d_model: the same of the student.
         mlp_ratio: hidden width of each teacher's residual MLPs (K and V) relative to student heads x head dim; 0 for none.
-        student_head_dim: when not given, the first teacher's: its entry, else the preset of that name.
+        student_head_dim: when not given, the first teacher's: its entry, else that of the preset it is called after, in any case
+            and with or without the organisation (`Qwen2-7B`, `Qwen/Qwen2-7B`, `qwen2-7b`).
         trainable: let the MLPs learn (see the module's warning); otherwise they only apply what a state dict brings.
 
     Raises:
@@ -169,12 +170,14 @@ class KVDimensionProjector(nn.Module):
         """Project one teacher's keys (before rotation) and values to [B, Hs, T, Ds], or [B, L, Hs, T, Ds] for `BLHTD`.
 
         Args:
+            name: one of `teacher_configs`, in any case, with or without the organisation.
             student_seq_len: resample the time axis linearly to this many tokens; None keeps it.
             axes: what the axes of `k` and `v` are; never guessed from their number.
 
         Raises:
             ValueError: an unknown teacher, or tensors that contradict `axes` or the teacher's config.
         """
+        name = self._teacher_named(name)
         self._validate_tensors(name, k, v, axes)
         Dt, seq_len = k.shape[-1], k.shape[-2] if student_seq_len is None else student_seq_len
         channels = key_channels(Dt, self.Ds, _rope_of_equal_base(Dt), _rope_of_equal_base(self.Ds))
@@ -199,9 +202,18 @@ class KVDimensionProjector(nn.Module):
             out = mlp(out)
         return out.to(x.dtype)
 
-    def _validate_tensors(self, name: str, k: Tensor, v: Tensor, axes: str) -> None:
-        if name not in self.teacher_configs:
+    def _teacher_named(self, name: str) -> str:
+        """The key of `teacher_configs` that a name means, in any case, with or without the organisation."""
+        if name in self.teacher_configs:
+            return name
+        found = [teacher for teacher in self.teacher_configs if same_name(teacher, name)]
+        if len(found) > 1:
+            raise ValueError(f"project_teacher_kv: {name!r} is the name of several teachers, expected one of {found}")
+        if not found:
             raise ValueError(f"project_teacher_kv: no teacher {name!r}, expected one of {list(self.teacher_configs)}")
+        return found[0]
+
+    def _validate_tensors(self, name: str, k: Tensor, v: Tensor, axes: str) -> None:
         config = self.teacher_configs[name]
         got = (
             f"project_teacher_kv({name!r}): got key {list(k.shape)}, value {list(v.shape)} as axes={axes!r} "
@@ -296,14 +308,16 @@ def _first_head_dim(teachers: Mapping[str, Mapping[str, int]]) -> int:
     name, config = next(iter(teachers.items()))
     if "head_dim" in config:
         return config["head_dim"]
-    # Looked up among what is there, so a name never becomes a path.
-    presets = {path.stem: path for path in sorted((configs_dir() / "teachers").glob("*.toml"))}
-    if name not in presets:
+    folder = configs_dir() / "teachers"
+    preset = find_preset(folder, name)
+    if preset is None:
+        names = sorted(path.stem for path in folder.glob("*.toml"))
+        close = close_names(name, names)
         raise ValueError(
-            f"student_head_dim: not given, and teacher {name!r} has neither a head_dim ({dict(config)}) nor a preset (there "
-            f"are {list(presets)}); pass student_head_dim=<the student's head dim>"
+            f"student_head_dim: not given, and teacher {name!r} has neither a head_dim ({dict(config)}) nor a preset "
+            f"({f'did you mean {close}? ' if close else ''}there are {names}); pass student_head_dim=<the student's head dim>"
         )
-    return int(tomllib.loads(presets[name].read_text(encoding="utf-8"))["geometry"]["head_dim"])
+    return int(tomllib.loads(preset.read_text(encoding="utf-8"))["geometry"]["head_dim"])
 
 
 def _module_key(name: str, part: str) -> str:

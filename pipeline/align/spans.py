@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from pipeline.align.time import build_safe_linear_indices, linear_positions
+from pipeline.align.time import linear_positions, nearest_positions
 from pipeline.align.token_bytes import Ids, TokenBytes
 
 TimeMode = Literal["overlap", "last", "linear", "nearest"]
@@ -195,7 +195,7 @@ def nearest_spans(num_teacher: int, num_student: int) -> SpanMap:
     Raises:
         ValueError: there is nothing to take from.
     """
-    indices = build_safe_linear_indices(1, num_teacher, num_student)[0].numpy()
+    indices = nearest_positions(num_teacher, num_student).numpy()
     return SpanMap(
         indptr=np.arange(num_student + 1, dtype=np.int64), indices=indices, weights=np.ones(num_student, dtype=np.float32)
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from kvstore.records import fingerprint
+from pipeline.align.same_tokens import tokenizer_differences
 
 Ids = Sequence[int] | np.ndarray
 _SPACE = "\u2581"
@@ -31,6 +31,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._lock = threading.Lock()
+        self._same: dict[TokenBytes, bool] = {}
         self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -62,11 +63,6 @@ class TokenBytes:
         return written | self._plain
 
     @cached_property
-    def _identity(self) -> str:
-        fields = ("model", "normalizer", "pre_tokenizer", "added_tokens")
-        return fingerprint({field: self._description.get(field) for field in fields})
-
-    @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """Special tokens this tokenizer puts before and behind a text on its own."""
         probe = list(self.tokenizer("a")["input_ids"])
@@ -77,7 +73,10 @@ class TokenBytes:
 
     def same_as(self, other: TokenBytes) -> bool:
         """Whether both make the same tokens of every text; how many rows an embedding is padded to plays no part."""
-        return self is other or self._identity == other._identity
+        with self._lock:
+            if other not in self._same:
+                self._same[other] = self is other or not tokenizer_differences(self.tokenizer, other.tokenizer)
+            return self._same[other]
 
     def write(self, ids: Ids) -> list[bytes]:
         """What each of these tokens writes, special ones nothing.

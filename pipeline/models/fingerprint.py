@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.resolve import weight_files
+from pipeline.models.checkpoint import weight_files
+from pipeline.models.files import read_json
 
 VOLATILE_CONFIG_FIELDS = ("transformers_version", "_name_or_path")
 """What rewriting an unchanged checkpoint may change in its config.json."""
@@ -28,7 +29,7 @@ def weights_fingerprint(path: Path) -> str:
 
 def config_fingerprint(path: Path) -> str:
     """Hash of a checkpoint's config.json, without the fields that change when it is merely saved again."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     return _sha256_of_json({key: value for key, value in config.items() if key not in VOLATILE_CONFIG_FIELDS})
 
 

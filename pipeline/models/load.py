@@ -6,15 +6,17 @@ files are missing. Knows no store. Importing this module loads neither torch nor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.models.checkpoint import TOKENIZER_FILES, damaged, validate_checkpoint
+from pipeline.models.files import one_line, read_json
 from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from pipeline.models.presets import StudentPreset, TeacherPreset, parse_student, student_preset, student_preset_names
-from pipeline.models.resolve import ModelLoadError, ResolvedModel, one_line, resolve_model, validate_checkpoint
+from pipeline.models.resolve import ModelLoadError, ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -26,6 +28,7 @@ __all__ = [
     "config_fingerprint",
     "geometry_mismatch",
     "load_causal_lm",
+    "load_config",
     "load_tokenizer",
     "resolve_model",
     "tokenizer_fingerprint",
@@ -39,13 +42,16 @@ OPTIONAL_FIELDS = {"model_type", "head_dim"}
 """Fields transformers reads from any config although not every config class declares them."""
 
 
-def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu", last_layer: int | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    path: Path, dtype: str = "auto", device: str = "cpu", last_layer: int | None = None, spare_embedding: bool = False
+) -> PreTrainedModel:
     """Load a decoder from safetensors, in evaluation mode, every weight of it from the checkpoint.
 
     Args:
         dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` to spread it over what there is.
         last_layer: what is above is not read where the model can do without (`partial.is_partial`); None for all.
+        spare_embedding: whether rows of the embedding may be broken, which spoil only samples that have their tokens.
 
     Raises:
         ModelLoadError: the files are damaged or incomplete, or this is no causal decoder.
@@ -54,12 +60,12 @@ def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu", last_la
 
     if problems := validate_checkpoint(path):
         raise ModelLoadError(f"the checkpoint in {path} cannot be used: " + "; ".join(problems))
-    config = _config_of(path)
+    config = load_config(path)
     if config.is_encoder_decoder:
         raise ModelLoadError(
             f"{path}: {config.model_type} is an encoder-decoder model; its keys and values are not causal. Choose a decoder"
         )
-    try:
+    with _transformers(path, "model"):
         kind: Any = AutoModelForCausalLM
         if last_layer is not None:
             kind, config = _partial_class(config, last_layer)
@@ -73,11 +79,48 @@ def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu", last_la
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the report names them, where transformers' own error does not
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelLoadError(f"{path}: transformers cannot load this model ({one_line(error)})") from error
     _validate_weights(path, report)
     _validate_causal(path, model)
+    _validate_finite(path, model, spare_embedding)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _transformers(path: Path, what: str) -> Iterator[None]:
+    """While open, transformers reads a folder: whatever it raises becomes one line that names the folder and the cause.
+
+    Exceptions of every class are meant, because transformers and tokenizers raise what their code happens to stumble over.
+
+    Raises:
+        ModelLoadError: it raised something.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ModelLoadError(f"{path}: transformers cannot load this {what} ({_cause(path, error)})") from error
+
+
+def _cause(path: Path, error: Exception) -> str:
+    """Why transformers failed, in words that fit kvpipe: its own errors recommend arguments that kvpipe has not."""
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    code = sorted({str(name) for record in (config, settings) for name in _names_of_code(record.get("auto_map"))})
+    if code and ("trust_remote_code" in str(error) or settings.get("auto_map")):
+        return (
+            f"it is written in code that comes with the checkpoint, {', '.join(code)}. kvpipe runs no code that comes with a checkpoint: "
+            "choose a model that transformers itself supports"
+        )
+    quantised = config.get("quantization_config") or config.get("quantization")
+    if quantised:
+        method = quantised.get("quant_method", "MLX") if isinstance(quantised, dict) else quantised
+        return f"its weights are quantised, by {method}: {one_line(error)}; choose the model they were made from"
+    return one_line(error)
+
+
+def _names_of_code(auto_map: Any) -> Iterator[Any]:
+    """Classes that a config says are in its repository: one, or several of a kind."""
+    for names in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
+        yield from (name for name in (names if isinstance(names, list) else [names]) if name is not None)
 
 
 def _partial_class(config: PretrainedConfig, last_layer: int) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -93,17 +136,17 @@ def _partial_class(config: PretrainedConfig, last_layer: int) -> tuple[type[PreT
     return partial_class(type(skeleton), last_layer), own
 
 
-def _config_of(path: Path) -> PretrainedConfig:
+def load_config(path: Path) -> PretrainedConfig:
+    """Read the config of a checkpoint folder.
+
+    Raises:
+        ModelLoadError: transformers cannot use it, or the model is written in code of its own.
+    """
     from transformers import AutoConfig
 
-    try:
+    with _transformers(path, "config.json"):
         # Said explicitly: left open, transformers asks on the terminal and a worker would wait for ever.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except _config_errors() as error:
-        raise ModelLoadError(
-            f"{path}: transformers cannot read config.json ({one_line(error)}). kvpipe runs no code that comes "
-            "with a checkpoint: choose a model that transformers itself supports"
-        ) from error
 
 
 def _config_errors() -> tuple[type[Exception], ...]:
@@ -116,10 +159,35 @@ def _config_errors() -> tuple[type[Exception], ...]:
 def _validate_weights(path: Path, report: Mapping[str, Any]) -> None:
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing or mismatched or report["error_msgs"]:
+        quantised = read_json(path / "config.json").keys() & {"quantization", "quantization_config"}
+        hint = "; its weights are quantised, choose the model they were made from" if quantised else ""
         raise ModelLoadError(
             f"{path}: {len(missing)} weights of the model are missing from the checkpoint (first: {missing[:3]}), "
             f"{len(mismatched)} have another shape (first, with got and expected: {mismatched[:3]}); transformers would fill "
-            f"them with random numbers. Download or convert the checkpoint again {report['error_msgs'] or ''}".rstrip()
+            f"them with random numbers{hint}. Download or convert the checkpoint again {report['error_msgs'] or ''}".rstrip()
+        )
+
+
+def _validate_finite(path: Path, model: PreTrainedModel, spare_embedding: bool) -> None:
+    """Look at every weight: one that is not finite shows much later, as a model that seems not to be causal or a loss of NaN."""
+    import torch
+
+    spared = model.get_input_embeddings().weight if spare_embedding else None
+    ordinary = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    broken = []
+    with torch.inference_mode():
+        for name, weight in model.named_parameters():
+            looked_at = weight.dtype in ordinary and weight.numel() and not weight.is_meta and weight is not spared
+            if looked_at and not torch.isfinite(torch.stack(weight.aminmax())).all():
+                broken.append((name, weight))
+    if broken:
+        name, weight = broken[0]
+        count = int(weight.numel() - torch.isfinite(weight).sum())
+        kind = "NaN" if torch.isnan(weight).any() else "infinite"
+        raise ModelLoadError(
+            f"{path}: weight {name} is {kind} in {count:,} of {weight.numel():,} places ({len(broken)} weights of the model have such "
+            f"values; dtype {str(weight.dtype).removeprefix('torch.')}), expected finite numbers. Download or convert the checkpoint again; float16 cannot "
+            "hold what is beyond 65504, so try --dtype bfloat16 or float32 where that was chosen"
         )
 
 
@@ -151,10 +219,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     if not any(found for pattern in VOCABULARY_FILES for found in path.glob(pattern)):
         raise ModelLoadError(f"{path}: there is no tokenizer, expected one of {', '.join(VOCABULARY_FILES)}")
-    try:
+    if problems := damaged(path, TOKENIZER_FILES):
+        raise ModelLoadError(f"the tokenizer in {path} cannot be used: " + "; ".join(problems))
+    with _transformers(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelLoadError(f"{path}: transformers cannot load this tokenizer ({one_line(error)})") from error
     if not tokenizer.is_fast:
         raise ModelLoadError(
             f"{path}: {type(tokenizer).__name__} is a slow tokenizer, which gives no offsets; save a tokenizer.json with it"
@@ -200,7 +268,7 @@ def build_student(spec: str, vocab_size: int | None, seed: int) -> tuple[PreTrai
     if preset is not None and preset.config is not None:
         return _fresh_model(preset.name, preset.config, vocab_size, seed), None
     try:
-        path = resolve_model(spec if preset is None or preset.id is None else preset.id).path
+        path = resolve_model(spec).path
     except ModelLoadError as error:
         raise ModelLoadError(f"student {error}. Student presets are {', '.join(student_preset_names())}") from error
     return load_causal_lm(path, dtype="float32"), load_tokenizer(path)
@@ -210,7 +278,7 @@ def _fresh_from_file(path: Path) -> StudentPreset:
     try:
         if path.suffix == ".toml":
             return parse_student(path)
-        return StudentPreset(name=path.stem, config=json.loads(path.read_text(encoding="utf-8")))
+        return StudentPreset(name=path.stem, config=read_json(path))
     except FileNotFoundError as error:
         raise ModelLoadError(f"student: there is no file {path}") from error
     except ValueError as error:

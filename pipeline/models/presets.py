@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.presets_path import configs_dir
+from pipeline.presets_path import configs_dir, find_preset
 
 Record = TypeVar("Record", "Geometry", "TeacherPreset", "StudentPreset")
 
@@ -70,8 +70,15 @@ class StudentPreset:
 
 
 def teacher_preset(name: str) -> TeacherPreset | None:
-    """The teacher of that name, None if there is none."""
-    return _teacher(name) if name in teacher_preset_names() else None
+    """The teacher of that name or of that repository, in any case, with or without the organisation; None if there is none.
+
+    A folder here wins over all but the preset's very own name.
+
+    Raises:
+        ValueError: several teachers have that name.
+    """
+    found = _find("teachers", name)
+    return None if found is None else _teacher(found)
 
 
 def teacher_preset_names() -> tuple[str, ...]:
@@ -80,8 +87,9 @@ def teacher_preset_names() -> tuple[str, ...]:
 
 
 def student_preset(name: str) -> StudentPreset | None:
-    """The student of that name, None if there is none."""
-    return _student(name) if name in student_preset_names() else None
+    """The student of that name, found as a teacher is (`teacher_preset`); None if there is none."""
+    found = _find("students", name)
+    return None if found is None else _student(found)
 
 
 def student_preset_names() -> tuple[str, ...]:
@@ -92,6 +100,14 @@ def student_preset_names() -> tuple[str, ...]:
 @functools.cache
 def _names(folder: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (configs_dir() / folder).glob("*.toml")))
+
+
+def _find(folder: str, name: str) -> str | None:
+    """The preset's own name."""
+    if name not in _names(folder) and Path(name).is_dir():
+        return None
+    found = find_preset(configs_dir() / folder, name)
+    return None if found is None else found.stem
 
 
 @functools.cache

@@ -57,6 +57,7 @@ def probe_kv_spec(model: nn.Module, key_domain: KeyDomain = "pre_rope", last_lay
     layers = []
     for number, seen in sorted(observed.items()):
         where = f"{name}, layer {number} ({seen.attention.name})"
+        _refuse_not_finite(model, where, seen)
         num_kv_heads, latent = _validate_geometry(where, seen, _config(model))
         rope = find_rope(where, seen.value if latent else seen.key, seen.tables, model)
         if rope is not None and rope not in ropes:
@@ -89,6 +90,7 @@ def probe_causal(model: nn.Module, last_layer: int | None = None) -> None:
     changed[:, -1] = ids[:, 0]
     before, after = (_observe(model, modules, tokens, last_layer) for tokens in (ids, changed))
     for number, first in before.items():
+        _refuse_not_finite(model, f"{type(model).__name__}, layer {number} ({first.attention.name})", first)
         for kind, old, new in (("K", first.key, after[number].key), ("V", first.value, after[number].value)):
             change = ((new - old)[:, :, :-1].abs().max() / old.abs().max().clamp_min(1e-30)).item()
             if not change <= CAUSAL_TOLERANCE[old.dtype]:
@@ -172,8 +174,6 @@ def _validate_geometry(where: str, seen: _Observed, config: Any) -> tuple[int, b
     shapes = f"K {list(seen.key.shape)}, V {list(seen.value.shape)}"
     if seen.key.ndim != 4 or seen.value.ndim != 4 or seen.key.shape[:3] != seen.value.shape[:3]:
         raise CaptureError(f"{where}: got {shapes}, expected both [batch, kv_head, token, dim] with equal heads")
-    if not (torch.isfinite(seen.key).all() and torch.isfinite(seen.value).all()):
-        raise CaptureError(f"{where}: keys or values are not finite ({shapes}, {seen.key.dtype}); damaged weights?")
     num_heads = seen.key.shape[1]
     latent = _is_latent(seen)
     if not latent and (drifting := drift(seen.value, seen.value)) > CONSTANT:
@@ -189,6 +189,24 @@ def _validate_geometry(where: str, seen: _Observed, config: Any) -> tuple[int, b
             f"hidden_size {config.hidden_size}); kvpipe refuses to guess which one is right"
         )
     return num_heads // repeats, latent
+
+
+def _refuse_not_finite(model: nn.Module, where: str, seen: _Observed) -> None:
+    """Tell a broken row of the embedding, which loading may leave to the samples that have it, from numbers that overflow."""
+    if torch.isfinite(seen.key).all() and torch.isfinite(seen.value).all():
+        return
+    ids = _spread_ids(model, PROBE_TOKENS)[0]
+    rows = cast(Any, model).get_input_embeddings().weight[ids]
+    broken = ids[~torch.isfinite(rows).all(dim=1)].tolist()
+    cause = (
+        f"the embedding of tokens {broken[:3]} is NaN or infinite; download or convert the checkpoint again"
+        if broken
+        else "are its weights damaged, or do its numbers overflow? Try --dtype bfloat16 or float32"
+    )
+    raise CaptureError(
+        f"{where}: keys or values are not finite (K {list(seen.key.shape)}, V {list(seen.value.shape)}, {seen.key.dtype}), expected finite "
+        f"numbers: {cause}"
+    )
 
 
 def _is_latent(seen: _Observed) -> bool:

@@ -1,22 +1,23 @@
 """From a name to a folder with a checkpoint: presets, hub repositories (pinned to a commit), local folders.
 
-Knows file names and the hub, not what the files mean to a model; imports neither torch nor transformers. The hub client is
+Knows names and the hub; what lies in a folder is `checkpoint`'s business. Imports neither torch nor transformers. The hub client is
 imported inside functions: it alone takes 0.4 s.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from pipeline.models.checkpoint import validate_checkpoint
+from pipeline.models.files import one_line as one_line
 from pipeline.models.presets import TeacherPreset, student_preset, teacher_preset, teacher_preset_names
+from pipeline.presets_path import close_names, same_name
 
 HUB_TIMEOUT_S = 3.0
 """How long the hub may take to answer; the client by itself retries for about 23 s."""
@@ -51,7 +52,8 @@ class ResolvedModel:
 def resolve_model(name: str, revision: str | None = None, *, download: bool = True) -> ResolvedModel:
     """Find a model by preset name, local folder or hub id, downloading it if need be and the hub can be reached.
 
-    A preset named like a folder wins; write `./name` for the folder.
+    A preset's very own name wins over a folder of that name; write `./name` for the folder. A folder wins over everything else that a
+    preset may be called (`presets.teacher_preset`). Repositories in the local cache are found in any case, with or without the organisation.
 
     Args:
         revision: branch, tag or commit of a hub repository; its default branch if None.
@@ -71,7 +73,13 @@ def resolve_model(name: str, revision: str | None = None, *, download: bool = Tr
         id_or_path = str(path)
     else:
         id_or_path = (preset and preset.id) or name
-        path = _snapshot(id_or_path, revision, name) if download else _cached(id_or_path, revision)
+        try:
+            path = _snapshot(id_or_path, revision, name) if download else _cached(id_or_path, revision)
+        except ModelLoadError:
+            cached = _spelling_in_cache(id_or_path)
+            if cached in (None, id_or_path):
+                raise
+            id_or_path, path = cached, _cached(cached, revision)
         commit = path.name
     if problems := validate_checkpoint(path):
         raise ModelLoadError(f"{name}: the checkpoint in {path} cannot be used: " + "; ".join(problems))
@@ -132,6 +140,24 @@ def _cached(repo_id: str, revision: str | None) -> Path:
         ) from error
 
 
+def _spelling_in_cache(name: str) -> str | None:
+    """The hub repository in the local cache that a name means in any case, with or without the organisation; None if there is none.
+
+    Raises:
+        ModelLoadError: several are meant; they are named.
+    """
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    cached = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
+    found = [name] if name in cached else [repository for repository in cached if same_name(repository, name)]
+    if len(found) > 1:
+        raise ModelLoadError(
+            f"{name}: several repositories of the local hub cache have that name, expected one of {', '.join(found)}"
+        )
+    return found[0] if found else None
+
+
 def within(seconds: float, call: Callable[[], Answer]) -> Answer:
     """Result of `call`, or TimeoutError: a name lookup or a trickling answer can outlast the client's own timeouts."""
     future: Future[Answer] = Future()
@@ -150,8 +176,8 @@ def _hub_message(error: BaseException, repo_id: str, revision: str | None, name:
     """One line for each way a hub repository can be out of reach."""
     from huggingface_hub import constants, errors
 
-    is_preset_like = name == repo_id and "/" not in name
-    close = difflib.get_close_matches(name, teacher_preset_names(), n=3) or teacher_preset_names()
+    is_preset_like = name == repo_id and ("/" not in name or bool(close_names(name, teacher_preset_names())))
+    close = close_names(name, teacher_preset_names()) or teacher_preset_names()
     subject = f"{name} is no preset (presets: {', '.join(close)}) and, as a hub repository," if is_preset_like else repo_id
     if isinstance(error, errors.HFValidationError):
         return f"{name!r} is neither a preset ({', '.join(close)}), nor a local folder, nor a hub id such as 'Qwen/Qwen2-7B'"
@@ -170,55 +196,3 @@ def _hub_message(error: BaseException, repo_id: str, revision: str | None, name:
         f"{revision or 'main'!r}, and the hub cannot be reached ({reason}). On a connected machine run "
         f"'hf download {repo_id}' and set HF_HOME to the folder above its 'hub' cache, or pass a local folder"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """Kind and text of another library's error, short enough to stand inside a sentence."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder that make up its weights, sorted by name; they need not exist."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
-        return [path / "model.safetensors"]
-    return sorted(path / name for name in set(_json(index)["weight_map"].values()))
-
-
-def validate_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, as far as file names, sizes and headers tell; empty if nothing is."""
-    from safetensors import SafetensorError, safe_open
-
-    problems = []
-    try:
-        _json(path / "config.json")
-        files = weight_files(path)
-    except FileNotFoundError:
-        return [f"it has no config.json, only {sorted(entry.name for entry in path.iterdir())[:8]}"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"a JSON file is damaged ({one_line(error)}); download it again"]
-    missing = [file.name for file in files if not file.exists()]
-    if missing and any(path.glob("*.bin")):
-        problems.append(
-            "it has pickled weights (*.bin) but no *.safetensors, and kvpipe never unpickles; load it once with "
-            "transformers and write it again with save_pretrained"
-        )
-    elif missing:
-        problems.append(f"weight files are missing: {missing}; still downloading? 'hf download' resumes")
-    for file in files:
-        if file.exists():
-            try:
-                safe_open(file, framework="np")
-            except SafetensorError as error:
-                problems.append(
-                    f"{file.name} ({file.stat().st_size} bytes) is damaged or still downloading ({one_line(error)})"
-                )
-    return problems
-
-
-def _json(path: Path) -> dict[str, Any]:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(record, dict):
-        raise TypeError(f"{path.name}: got a {type(record).__name__}, expected an object")
-    return record

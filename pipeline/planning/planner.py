@@ -12,8 +12,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-import transformers
-
 from kvstore.calibration import CALIBRATION_TOKENS
 from kvstore.commits import committed_shards, create_commit
 from kvstore.compaction import compact, loose_table_bytes
@@ -26,7 +24,7 @@ from pipeline.config import ExtractConfig
 from pipeline.data.samples import Sample
 from pipeline.enter import Run, Say
 from pipeline.extract import make_executor, refuse_nothing_to_learn, signal_of
-from pipeline.models.load import load_tokenizer
+from pipeline.models.load import load_config, load_tokenizer
 from pipeline.models.presets import teacher_preset
 from pipeline.models.probe import length_dependent_rope
 from pipeline.models.resolve import ModelLoadError, ResolvedModel, resolve_model
@@ -73,7 +71,7 @@ def plan_extraction(
 def _try(config: ExtractConfig, storage: Storage, resolved: ResolvedModel, say: Say, trial_s: float) -> Found:
     """Run a few tasks with the real teacher on the real data."""
     refuse_device(config)
-    model_config = transformers.AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
+    model_config = load_config(resolved.path)
     limits = model_config.get_text_config()
     max_positions = int(limits.max_position_embeddings)
     tokenizer = load_tokenizer(resolved.path)

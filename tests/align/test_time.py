@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.align import build_safe_linear_indices, resample_kv_with_interpolation, safe_time_resample
+from pipeline.align.spans import nearest_spans
 from pipeline.align.time import linear_positions, resample_segments
 
 LENGTHS = st.integers(1, 40)
@@ -147,11 +149,30 @@ def test_no_output_tokens_give_an_empty_tensor(T_in: int) -> None:
 
 @pytest.mark.parametrize(("T_in", "T_out"), [(0, 1), (0, 9), (-1, 3), (4, -1)])
 def test_impossible_lengths_are_refused(T_in: int, T_out: int) -> None:
-    with pytest.raises(ValueError, match=rf"got T_in={T_in}, T_out={T_out}, expected"):
-        build_safe_linear_indices(2, T_in, T_out, torch.device("cpu"))
+    if min(T_in, T_out) < 0:
+        with pytest.raises(ValueError, match=rf"got T_in={T_in}, T_out={T_out}, expected"):
+            build_safe_linear_indices(2, T_in, T_out, torch.device("cpu"))
     if T_in >= 0:
         with pytest.raises(ValueError, match=rf"got T_in={T_in}, T_out={T_out}, expected"):
             resample_kv_with_interpolation(random_kv(T_in), T_out)
+    with pytest.raises(ValueError, match=rf"got T_in={T_in}, T_out={T_out}, expected"):
+        nearest_spans(T_in, T_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T_out", [0, 1, 9])
+def test_an_empty_sequence_gives_zeros_of_the_length_asked_for(T_out: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 0, 4).to(dtype).requires_grad_()
+    indices = build_safe_linear_indices(2, 0, T_out, x.device)
+    assert (indices.dtype, indices.tolist()) == (torch.int64, [[0] * T_out] * 2)
+    for chosen in (indices, indices[0], torch.arange(T_out) - 3):
+        out = safe_time_resample(x, chosen)
+        assert out.dtype == dtype
+        assert torch.equal(out, torch.zeros((2, 3, T_out, 4), dtype=dtype))
+        torch.autograd.backward(out.sum())
+    assert safe_time_resample(torch.zeros(0, 3, 0, 4), indices[:0]).shape == (0, 3, T_out, 4)
+    for function in (build_safe_linear_indices, safe_time_resample):
+        assert "mask such rows in a loss" in " ".join(str(function.__doc__).lower().split())
 
 
 def test_a_negative_batch_is_refused() -> None:
@@ -210,7 +231,6 @@ def test_half_precision_is_interpolated_in_single_precision_and_rounded_once(dty
         pytest.param((2, 3, 8, 4), torch.zeros(3, 2, dtype=torch.int64), r"indices \[3, 2\]", id="batch-differs"),
         pytest.param((2, 3, 8, 4), torch.zeros(2), "dtype torch.float32, expected an integer", id="float-indices"),
         pytest.param((2, 3, 8, 4), torch.zeros(2, dtype=torch.bool), "dtype torch.bool", id="bool-indices"),
-        pytest.param((2, 3, 0, 4), torch.zeros(2, dtype=torch.int64), r"x \[2, 3, 0, 4\] without tokens", id="no-tokens"),
     ],
 )
 def test_what_cannot_be_gathered_is_refused_with_its_shape(
@@ -243,3 +263,47 @@ def test_segments_are_resampled_each_on_its_own(segments: list[tuple[int, int]])
 def test_segments_that_do_not_fit_are_refused(lengths_in: list[int], lengths_out: list[int]) -> None:
     with pytest.raises(ValueError, match=r"got kv \[1, 1, 5, 2\] and segments|an empty sequence cannot be"):
         resample_segments(torch.zeros(1, 1, 5, 2), lengths_in, lengths_out)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["lengths", "pairs"])
+@given(segments=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=25)
+def test_interpolation_takes_segments_of_both_sides(pairs: bool, segments: list[tuple[int, int]]) -> None:
+    lengths_in, lengths_out = ([pair[side] for pair in segments] for side in (0, 1))
+    kv = torch.randn(2, 3, sum(lengths_in), 4)
+
+    def said(lengths: list[int]) -> list[Any]:
+        ends = [sum(lengths[: at + 1]) for at in range(len(lengths))]
+        return [(end - length, end) for length, end in zip(lengths, ends, strict=True)] if pairs else lengths
+
+    out = resample_kv_with_interpolation(
+        kv, sum(lengths_out), teacher_segments=said(lengths_in), student_segments=said(lengths_out)
+    )
+    assert torch.equal(out, resample_segments(kv, lengths_in, lengths_out))
+    assert resample_kv_with_interpolation(kv, kv.shape[2], said(lengths_in), said(lengths_in)) is kv
+
+
+def test_segments_of_none_are_interpolation_as_a_whole() -> None:
+    kv = random_kv(100)
+    out = resample_kv_with_interpolation(kv, 60, teacher_segments=None, student_segments=None)
+    assert torch.equal(out, resample_kv_with_interpolation(kv, 60))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "message"),
+    [
+        pytest.param([2, 3], None, "expected both or neither", id="student-missing"),
+        pytest.param(None, [2, 2], "expected both or neither", id="teacher-missing"),
+        pytest.param([2, 2], [2, 2], "the first to add up to T_in", id="teacher-short"),
+        pytest.param([2, 3], [2, 3], r"got student_segments \[2, 3\], expected .* T_out=4", id="student-long"),
+        pytest.param([5], [2, 2], "many segments on either side", id="other-number"),
+        pytest.param([(0, 2), (3, 5)], [2, 2], "follow each other from 0 on", id="gap"),
+        pytest.param([(0, 3), (2, 5)], [2, 2], "follow each other from 0 on", id="overlap"),
+        pytest.param([6, -1], [2, 2], "lengths of at least 0", id="negative"),
+        pytest.param([5, 0], [3, 1], "an empty sequence cannot be", id="empty"),
+        pytest.param([], [], r"T_out=4", id="none"),
+    ],
+)
+def test_segments_that_do_not_cover_the_axis_are_refused(teacher: Any, student: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resample_kv_with_interpolation(torch.zeros(1, 1, 5, 2), 4, teacher_segments=teacher, student_segments=student)

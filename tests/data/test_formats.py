@@ -51,7 +51,7 @@ def write(path: Path, content: bytes) -> Path:
         *[(name, gzip.compress(LINES, mtime=0)) for name in ("a.jsonl.gz", "a.JSONL.GZ", "a.ndjson.gz")],
         *[(name, zstandard.compress(LINES)) for name in ("a.jsonlines.zst", "a.json.ZST")],
         *[(name, separated(",")) for name in ("a.csv", "a.CSV")],
-        ("a.csv.gz", gzip.compress(separated(","))),
+        ("a.csv.gz", gzip.compress(separated(","), mtime=0)),
         ("a.csv", codecs.BOM_UTF8 + separated(",")),
         ("a.tsv", separated("\t")),
         ("a.json", json.dumps([{"text": text} for text in TEXTS]).encode()),
@@ -59,7 +59,7 @@ def write(path: Path, content: bytes) -> Path:
             "a.json",
             codecs.BOM_UTF8 + json.dumps([{"text": text, "more": [[1], {"a": "]"}]} for text in TEXTS], indent=2).encode(),
         ),
-        ("a.json.gz", gzip.compress(json.dumps([{"text": text} for text in TEXTS], ensure_ascii=False).encode())),
+        ("a.json.gz", gzip.compress(json.dumps([{"text": text} for text in TEXTS], ensure_ascii=False).encode(), mtime=0)),
     ],
 )
 def test_rows_are_read_by_the_suffix_in_any_case(name: str, content: bytes, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from kvstore.codec import (
     CODECS,
     E4M3_VALUES,
     KINDS,
+    Encoded,
     Quantizer,
     code_dim,
     codec_named,
@@ -165,6 +166,27 @@ def test_encoding_measures_what_it_does_to_each_token(
     np.testing.assert_array_equal(here.codes, codes)
     for measures in (here.measures, there.measures.cpu().numpy()):
         np.testing.assert_allclose(measures, expected, rtol=2e-5, atol=1e-12)
+
+
+@devices
+@pytest.mark.parametrize("quantizer", [INT8, NIBBLE, E4M3, None], ids=lambda quantizer: quantizer.form if quantizer else "raw")
+@pytest.mark.parametrize("large", [3e38, -3e38, 2e19])
+def test_numbers_whose_squares_overflow_are_measured_as_finite(device: str, quantizer: Quantizer | None, large: float) -> None:
+    values = draw_values(0, offset=3.0)
+    mean, step = fit_quantizer(quantizer or INT8, moments_of(values))
+    usual = encode_measured(quantizer, values, mean, step)
+    values[7, 1, 2] = large
+    channels = (on(device, array) for array in (mean, step))
+    there = encode_measured(quantizer, on(device, values), *channels)
+    for found in (
+        encode_measured(quantizer, values, mean, step),
+        Encoded(*(np.asarray(x.cpu()) for x in (there.codes, there.measures))),
+    ):
+        assert np.isfinite(found.measures).all()
+        others = np.arange(len(values)) != 7
+        np.testing.assert_array_equal(found.codes[others], usual.codes[others])
+        np.testing.assert_allclose(found.measures[:2, others], usual.measures[:2, others], rtol=2e-5)
+        assert found.measures[0, 7] >= np.float32(1e38)
 
 
 @devices

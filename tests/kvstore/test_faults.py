@@ -7,6 +7,7 @@ committed, returned without an error.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -31,13 +32,14 @@ import pytest
 import zarr
 
 from kvstore import CodecError, KVStoreError, open_store
-from kvstore.commits import SampleRow
+from kvstore.commits import SampleRow, sample_id
 from kvstore.compaction import compact
 from kvstore.drop import drop_samples, read_dropped
 from kvstore.errors import StoreWriteError
 from kvstore.gate import read_gate, write_gate
 from kvstore.records import canonical_json, fingerprint
 from kvstore.repeats import write_repeats
+from kvstore.rewrite import recode_store
 from kvstore.samples import ROWS
 from kvstore.storage import locate
 from kvstore.verify import verify_store
@@ -654,6 +656,30 @@ def test_a_writer_names_shard_sample_and_layer_of_a_nan(source: Source, tmp_path
     where = rf"shard 2, sample {rows.ids[4][:12]} \(document-4\), layer 1, {kind}: .*\[73, 1, 3\]"
     with pytest.raises(CodecError, match=where):
         writer.put(1, [(0, 64), (64, 64)], values["key"], values["value"])
+
+
+@pytest.mark.parametrize("codec", ["raw", "q8", "mix"])
+def test_finite_numbers_of_any_size_are_stored(source: Source, tmp_path: Path, codec: str) -> None:
+    index, (layer, number) = 4, (1, 1)
+    source = copy.deepcopy(source)
+    source.kv[index][layer][number][9, 1, 3] = 3e38
+    path = write_store(tmp_path / "store", source, codec=codec)
+    report = verify_store(str(path), deep=True)
+    assert report.ok, report.problems
+    store = open_store(path)
+    value = store.read([store.samples.ids.index(sample_id(source.input_ids[index]))], [layer]).value[0]
+    assert np.isfinite(value).all()
+    if codec == "raw":
+        np.testing.assert_array_equal(value, source.kv[index][layer][number])
+
+
+def test_nan_in_a_store_is_named_by_sample_when_another_codec_is_calibrated(source: Source, tmp_path: Path) -> None:
+    path = write_store(tmp_path / "raw", source, codec="raw")
+    put_nan(path)
+    identity = open_store(path).samples.ids[4]
+    with pytest.raises(CodecError, match=rf"sample {identity[:12]} of .*, layer 1, value: got NaN .*verify .*--deep"):
+        recode_store(str(path), "q8", str(tmp_path / "q8"))
+    assert not (tmp_path / "q8" / "manifest.json").exists()
 
 
 FULL_DISK = """

@@ -18,7 +18,7 @@ from pipeline.models.presets import (
     teacher_preset,
     teacher_preset_names,
 )
-from pipeline.presets_path import configs_dir
+from pipeline.presets_path import configs_dir, find_preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +90,49 @@ def test_an_unknown_name_is_no_preset() -> None:
     assert teacher_preset("qwen2-8b") is None
     assert teacher_preset("../teachers/qwen2-7b") is None
     assert student_preset("qwen2-8b") is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        *((spelling, "qwen2-7b") for spelling in ("Qwen2-7B", "QWEN2-7B", "Qwen/Qwen2-7B", "qwen/qwen2-7b")),
+        *(
+            (spelling, "llama-2-7b")
+            for spelling in ("Llama-2-7B", "meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf", "meta-llama/llama-2-7b")
+        ),
+        ("GPT2", "gpt2"),
+        ("someone/Qwen2-7B", None),
+        ("Qwen/", None),
+        ("7b", None),
+        ("", None),
+    ],
+)
+def test_a_teacher_is_found_in_any_case_with_or_without_its_organisation(asked: str, found: str | None) -> None:
+    preset = teacher_preset(asked)
+    assert (preset and preset.name) == found
+
+
+@pytest.mark.parametrize("asked", ["Qwen2-0.5B", "qwen/QWEN2-0.5b", "QWEN2-tiny", "TinyLlama-1.1B"])
+def test_a_student_is_found_in_any_case_with_or_without_its_organisation(asked: str) -> None:
+    preset = student_preset(asked)
+    assert preset is not None
+    assert preset.name == asked.rpartition("/")[2].lower()
+
+
+def test_a_folder_wins_over_all_but_a_presets_very_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("Qwen2-7B", "Qwen/Qwen2-7B", "qwen2-7b"):
+        assert teacher_preset(name) is not None
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        assert (teacher_preset(name) is not None) == (name == "qwen2-7b")
+
+
+def test_a_name_of_several_presets_is_asked_about(tmp_path: Path) -> None:
+    for stem, organisation in (("one", "first"), ("two", "second")):
+        (tmp_path / f"{stem}.toml").write_text(f"id = '{organisation}/Same-7B'")
+    with pytest.raises(ValueError, match="same-7b: got the name of several presets, expected one of one, two"):
+        find_preset(tmp_path, "same-7b")
+    assert find_preset(tmp_path, "FIRST/same-7b") == tmp_path / "one.toml"
 
 
 def test_pretrained_students_are_the_teachers_of_the_same_name() -> None:

@@ -131,6 +131,35 @@ def test_a_preset_resolves_offline_from_the_hub_cache(hf_home: Path, checkpoint:
     assert model.preset.name == "qwen2-7b"
 
 
+@pytest.mark.parametrize("name", ["Qwen2-7B", "QWEN2-7B", "Qwen/Qwen2-7B", "qwen/qwen2-7b"])
+def test_a_preset_resolves_in_any_case_with_or_without_the_organisation(hf_home: Path, checkpoint: Path, name: str) -> None:
+    commit = lay_out_hub_cache(hf_home, "Qwen/Qwen2-7B", checkpoint)
+    for download in (True, False):
+        model = resolve_model(name, download=download)
+        assert (model.id_or_path, model.commit) == ("Qwen/Qwen2-7B", commit)
+        assert model.preset is not None
+
+
+@pytest.mark.parametrize("name", ["Some/Model-7B", "some/model-7b", "MODEL-7b"])
+@pytest.mark.parametrize("download", [True, False])
+def test_a_cached_repository_is_found_in_any_case_with_or_without_the_organisation(
+    hf_home: Path, checkpoint: Path, name: str, download: bool
+) -> None:
+    commit = lay_out_hub_cache(hf_home, "Some/Model-7B", checkpoint)
+    model = resolve_model(name, download=download)
+    assert (model.id_or_path, model.commit, model.preset) == ("Some/Model-7B", commit, None)
+
+
+def test_a_name_of_several_cached_repositories_is_asked_about(hf_home: Path, checkpoint: Path) -> None:
+    for repository in ("Some/Model-7B", "other/model-7b"):
+        lay_out_hub_cache(hf_home, repository, checkpoint)
+    assert resolve_model("other/model-7b").id_or_path == "other/model-7b"
+    with pytest.raises(
+        ModelLoadError, match=r"model-7b: several repositories .* expected one of Some/Model-7B, other/model-7b"
+    ):
+        resolve_model("model-7b")
+
+
 def test_the_environment_alone_makes_a_preset_resolve_and_load_offline(tmp_path: Path, checkpoint: Path) -> None:
     lay_out_hub_cache(tmp_path, "Qwen/Qwen2-7B", checkpoint)
     code = "from pipeline.models.load import resolve_model; print(resolve_model('qwen2-7b').path)"

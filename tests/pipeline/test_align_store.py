@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from click.testing import CliRunner
 from tokenizers import normalizers
 
-from kvstore import FingerprintMismatchError, KVStoreError, StoreFormatError, open_store
+from kvstore import CodecError, FingerprintMismatchError, KVStoreError, StoreFormatError, open_store
+from kvstore.arrays import index_bytes
+from kvstore.commits import StoredObject, read_commit, replace_commit
 from kvstore.describe import describe
+from kvstore.manifest import read_manifest
 from kvstore.reader import Store
+from kvstore.records import bytes_sha256
 from kvstore.rewrite import recode_store
+from kvstore.storage import locate
 from kvstore.verify import verify_store
 from pipeline.align import Alignment
 from pipeline.align.fit import Fit
@@ -247,6 +254,35 @@ def test_what_cannot_be_aligned_is_refused_before_anything_is_written(
         align_store(str(raw), str(raw), AlignSettings(student=student))
     align_store(str(raw), str(tmp_path / "once"), AlignSettings(student=student))
     refused(r"is already aligned to a student; expected a raw store", store=tmp_path / "once", kind=KVStoreError)
+
+
+def seal(store: Path, shard: int) -> None:
+    """Make a shard's record fit its files, whatever they are now."""
+    storage = locate(str(store))
+    manifest, commit = read_manifest(storage), read_commit(storage, shard)
+
+    def fitted(stored: StoredObject) -> StoredObject:
+        content = (store / stored.path).read_bytes()
+        end = content[-index_bytes(manifest, stored.path.split("/")[1]) :]
+        hashes = {"sha256": bytes_sha256(content), "index_sha256": bytes_sha256(end)}
+        return dataclasses.replace(stored, size_bytes=len(content), **hashes)
+
+    replace_commit(storage, dataclasses.replace(commit, objects=tuple(map(fitted, commit.objects))))
+
+
+@pytest.mark.parametrize("other_tokens", [False, True])
+def test_nan_in_the_store_is_named_by_sample_while_calibrating(
+    raw: Path, tokenizer: str, tmp_path: Path, other_tokens: bool
+) -> None:
+    store = Path(shutil.copytree(raw, tmp_path / "broken"))
+    array = zarr.open_array(store / "kv.zarr/value", mode="r+")
+    samples = open_store(store).samples
+    array[3, int(samples.token_start[2]) + int(samples.num_tokens[2]) // 2, 1, 3] = np.nan
+    seal(store, int(samples.shard[2]))
+    settings = AlignSettings(student=student_file(tmp_path), tokenizer=tokenizer if other_tokens else None, codec="q8")
+    with pytest.raises(CodecError, match=rf"sample {samples.ids[2][:12]} of .*, layer 3, value: got NaN or infinity"):
+        align_store(str(store), str(tmp_path / "out"), settings)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_larger_student_with_other_tokens_keeps_the_teachers_geometry(raw: Path, tokenizer: str, tmp_path: Path) -> None:

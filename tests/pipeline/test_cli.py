@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,25 @@ def test_help_is_instant_and_imports_neither_torch_nor_ray() -> None:
         "heavy = {'torch', 'ray', 'transformers', 'zarr', 'numpy', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(lambda teacher, student: ("plan", "--teacher", teacher, "--student", student, "--json"), id="plan"),
+        pytest.param(lambda teacher, student: ("doctor", "--teacher", teacher, "--student", student, "--json"), id="doctor"),
+    ],
+)
+def test_presets_are_called_in_any_case_with_or_without_the_organisation(command: Any, tmp_path: Path) -> None:
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    names = [("qwen2-7b", "qwen2-0.5b"), ("Qwen2-7B", "Qwen/Qwen2-0.5B"), ("QWEN/qwen2-7B", "QWEN2-0.5B")]
+    answers = []
+    for teacher, student in names:
+        done = processes.kvpipe(*command(teacher, student), cwd=tmp_path, environment=environment)
+        assert done.returncode == 0, done.stderr
+        named = re.sub("(?i)(qwen/)?qwen2-(7b|0.5b)", "NAME", done.stdout)
+        answers.append(re.sub(r'"(\w*free\w*|tokens_that_fit)": \d+', "", named))  # the disk is not ours alone
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_a_preset_runs_offline_from_the_local_hub_cache(hub: Path, tmp_path: Path) -> None:

@@ -174,6 +174,21 @@ def test_samples_of_nan_are_left_out_and_accounted_for(
     refuse_bad(tmp_path / "store", expected, "got NaN or infinity")
 
 
+def test_a_sample_of_nan_that_only_the_gate_meets_is_named_or_left_out(
+    broken_teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.enter.CALIBRATION_TOKENS", 1)  # the first task alone
+    config = config_of(broken_teacher, corpus, tmp_path / "store", codec="q8").model_copy(update={"gate_tokens": 10**6})
+    with pytest.raises(
+        BadSampleError, match=r"sample \w{12} \(.*corpus\.jsonl:(23|41)\) cannot be computed for the gate: .*quarantine"
+    ):
+        run(config)
+    run(config.model_copy(update={"on_bad_sample": "quarantine"}))
+    assert verify_store(str(tmp_path / "store"), deep=True).ok
+    sources = [entry["source"].rpartition(":")[2] for entry in read_quarantined(locate(tmp_path / "store")).values()]
+    assert sorted(sources) == ["23", "41"]
+
+
 def test_a_sample_found_while_calibrating_is_left_out_before_the_gate_and_recorded_in_the_new_store(
     broken_teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from pipeline.align.fit import Fit
 from pipeline.align.similarity import LayerSimilarity
 from pipeline.cli import cli
 from pipeline.match_layers import match_layers
-from tests.checkpoints import byte_tokenizer, tiny_model
+from tests.checkpoints import byte_tokenizer, save_tokenizer, tiny_model
 from tests.stores import write_store
 from tests.training.conftest import make_texts, teacher_source
 
@@ -81,7 +81,9 @@ def test_a_layer_map_may_be_asked_for_by_likeness(raw: Path, pruned: Path, tmp_p
     assert Fit.load(tmp_path / "maps.safetensors").alignment.layer_map == ((0, 0), (1, 1))
     settings = ["steps=2", "batch_size=4", "device=cpu", "layer_map=cka", "eval_fraction=0", "threads=1"]
     flags = [item for setting in settings for item in ("--set", setting)]
-    run = ["train", "--store", str(raw), "--student", str(pruned), "--out", str(tmp_path / "run"), *flags]
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    own = write_store(tmp_path / "own", teacher_source(make_texts(12)), "raw", tokenizer=tokenizer)
+    run = ["train", "--store", str(own), "--student", str(pruned), "--out", str(tmp_path / "run"), *flags]
     trained = CliRunner().invoke(cli, run)
     assert trained.exit_code == 0, trained.output
     assert json.loads((tmp_path / "run" / "run.json").read_text())["alignment"]["layer_map"] == [[0, 0], [1, 1]]

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.models.capture import capture_kv
 from pipeline.models.probe import probe_kv_spec
-from tests.checkpoints import byte_tokenizer, tiny_model
+from tests.checkpoints import byte_tokenizer, save_tokenizer, tiny_model
 from tests.stores import Source, write_store
 
 WORDS = ("store", "keys", "values", "layer", "teacher", "student", "shard", "token", "head", "naïve", "déjà")
@@ -52,9 +52,7 @@ def teacher_source(texts: list[str], seed: int = 0) -> Source:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
