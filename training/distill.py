@@ -10,9 +10,11 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerControl, TrainingArguments
@@ -20,13 +22,19 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kvstore.spec import KVSpec
 from pipeline.models.capture import KVTap
+from pipeline.models.resolve import one_line
+from training import checkpoints
 from training.adapters import ADAPTERS, KVAdapters
+from training.checkpoint_files import OPTIMIZER, SCHEDULE, refuse_other_optimizer, refuse_other_schedule
 from training.loader import KVCollator, KVDataLoader, KVDataset, ReadAhead, TrainBatch
 from training.losses import KVLoss, KVSchedule, cross_entropy, kv_errors, kv_weight_at, take_rows
 from training.meters import Meter, Progress, RunFlow, StepSums
 from training.run_folder import RunFolder
 from training.sampler import KVBatchSampler, SampleBatch
 from training.targets import KVTargets, unstack
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What writing to a full or broken disk raises: Python, torch and safetensors each have their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +214,33 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             nats = loss * self._data.held_out_tokens
             metrics[f"{metric_key_prefix}_nats_per_byte"] = nats / self._data.held_out_bytes
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=self._data.num_held_out)
+
+    # ---- checkpoints
+
+    def _get_output_dir(self, *_args: Any, **_kwargs: Any) -> str:
+        """Where the Trainer writes checkpoints: beside their place, which they get when they are whole."""
+        return str(checkpoints.staging(self._folder.path))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except WRITE_ERRORS as error:
+            raise OSError(
+                f"out: the checkpoint of step {self.state.global_step} cannot be written to {self._folder.path} ({one_line(error)}); make room or "
+                "mend the disk, then continue from the checkpoint before it with --resume"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            checkpoints.publish(self._folder.path, self.state.global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_fsdp_enabled:
+            path = Path(checkpoint)
+            with checkpoints.advising(path):
+                refuse_other_optimizer(path / OPTIMIZER, self.optimizer)
+                refuse_other_schedule(path / SCHEDULE, self.lr_scheduler, checkpoints.step_of(path))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- metrics
 

@@ -25,6 +25,7 @@ from kvstore.errors import ShardNotCommittedError
 from kvstore.spec import format_layers
 from pipeline.models.probe import probe_kv_spec
 from training.adapters import ADAPTERS, KVAdapters
+from training.checkpoint_files import refuse_damaged
 from training.config import TrainConfig
 from training.distill import KVDistillTrainer, KVObjective, TrainData
 from training.handover import quick_handover
@@ -85,6 +86,8 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
     data = _plan_data(config, store, tokenizer, objective)
     arguments = _arguments(config, data)
     checkpoint = _begin(config, folder, store, objective)
+    if checkpoint is not None:
+        refuse_damaged(checkpoint, model, sharded=config.fsdp)
     use_cache = model.config.use_cache
     trainer = KVDistillTrainer(
         model=model,

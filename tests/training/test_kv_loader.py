@@ -215,7 +215,7 @@ def test_an_epoch_is_planned_by_the_summary_of_the_shards_alone(store: Store, mo
         ({"version": 2}, "state: version: got 2, expected 1"),
         ({"samples_consumed": 3}, "got samples_consumed 3, expected the end of a batch of epoch 0: 0, 4, 8, 12, "),
         ({"samples_consumed": 999}, "got samples_consumed 999, expected the end of a batch of epoch 0"),
-        ({"epoch": None}, "got epoch None"),
+        ({"epoch": None}, "state: epoch: got None, expected a valid integer"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(store: Store, change: dict[str, Any], message: str) -> None:
