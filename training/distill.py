@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from training.meters import Meter, Progress, RunFlow, StepSums
 from training.run_folder import RunFolder
 from training.sampler import KVBatchSampler, SampleBatch
 from training.targets import KVTargets, unstack
+from training.trackers import Tracker
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What writing to a full or broken disk raises: Python, torch and safetensors each have their own."""
@@ -89,10 +90,12 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         objective: KVObjective | None,
         folder: RunFolder,
         workers: int = 0,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         super().__init__(
             model=model,
             args=args,
+            callbacks=list(trackers),
             processing_class=tokenizer,
             train_dataset=data.dataset,
             eval_dataset=data.dataset if data.num_held_out else None,
@@ -215,6 +218,25 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             metrics[f"{metric_key_prefix}_nats_per_byte"] = nats / self._data.held_out_bytes
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=self._data.num_held_out)
 
+    def rehearse_evaluation(self) -> None:
+        """Predict the largest held-out batch once; sharded weights are not in place yet, so not those.
+
+        Raises:
+            ValueError: there is no memory for it.
+        """
+        if not self._data.held_out or self.is_fsdp_enabled:
+            return
+        largest = max(self._data.held_out, key=lambda batch: batch.num_computed)
+        inputs = self._prepare_inputs(self._data.collator(self._data.dataset.__getitems__(largest)))
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                _forward(self.model.eval(), inputs)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"micro_batch_size: an evaluation of {len(largest)} samples at once needs more memory than there is ({one_line(error)}); lower "
+                "--set micro_batch_size=..., or micro_batch_tokens"
+            ) from error
+
     # ---- checkpoints
 
     def _get_output_dir(self, *_args: Any, **_kwargs: Any) -> str:
@@ -233,6 +255,14 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         if self.is_world_process_zero():
             checkpoints.publish(self._folder.path, self.state.global_step)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the student and its tokenizer; weights under the names they have in memory, because the Trainer reads them back by these,
+        where the names of published checkpoints may be others."""
+        if self.args.should_save:
+            student = self.accelerator.unwrap_model(self.model)
+            student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+            self.processing_class.save_pretrained(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_fsdp_enabled:

@@ -55,6 +55,7 @@ def load_causal_lm(path: Path, dtype: str = "auto", device: str = "cpu", last_la
     if problems := validate_checkpoint(path):
         raise ModelLoadError(f"the checkpoint in {path} cannot be used: " + "; ".join(problems))
     config = _config_of(path)
+    _validate_generation(path)
     if config.is_encoder_decoder:
         raise ModelLoadError(
             f"{path}: {config.model_type} is an encoder-decoder model; its keys and values are not causal. Choose a decoder"
@@ -103,6 +104,21 @@ def _config_of(path: Path) -> PretrainedConfig:
         raise ModelLoadError(
             f"{path}: transformers cannot read config.json ({one_line(error)}). kvpipe runs no code that comes "
             "with a checkpoint: choose a model that transformers itself supports"
+        ) from error
+
+
+def _validate_generation(path: Path) -> None:
+    """Refuse generation settings that transformers leaves out in silence, or that end its loading with another file's name or none."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ModelLoadError(
+            f"{file}: these are no generation settings ({one_line(error)}); mend the file, or remove it: it only says how text is sampled"
         ) from error
 
 
