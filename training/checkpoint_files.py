@@ -47,7 +47,9 @@ def refuse_damaged(checkpoint: Path, student: nn.Module, *, sharded: bool = Fals
     with advising(checkpoint):
         _refuse_foreign(checkpoint)
         record = record_of(checkpoint)
-        if record is None or "TrainerControl" not in (record.stateful_callbacks or {}):
+        if record is None:
+            raise ValueError(f"{checkpoint / STATE}: got nothing, or no JSON, expected what the Trainer writes")
+        if "TrainerControl" not in (record.stateful_callbacks or {}):
             raise ValueError(
                 f"{checkpoint / STATE}: stateful_callbacks: got no TrainerControl, expected it, as the Trainer writes it"
             )

@@ -39,13 +39,16 @@ def read_regular(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
     """
     # Opened first and asked what it is afterwards: between a question and an opening it could be replaced.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path}: got {_kind(found.st_mode)}, expected a regular file")
         if found.st_size > limit:
             raise ValueError(f"{path}: got {found.st_size} bytes, expected at most {limit}")
-        return file.read(limit)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
 
 
 def refuse_irregular(path: Path) -> None:
