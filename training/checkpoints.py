@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat, JsonValue
 
-from training.records import Count, NotJsonError, Record, parse, read_json
+from training.records import Count, NotJsonError, Number, Record, parse, read_json
 
 KEPT = 2
 STATE = "trainer_state.json"
@@ -23,7 +23,6 @@ _PREFIX = "checkpoint-"
 _STAGING = ".checkpoint.partial"
 _GONE = ".gone-"
 
-Number = int | float | None
 _Interval = Annotated[FiniteFloat, Field(gt=0)]
 
 

@@ -9,14 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, FiniteFloat
 
-from training.records import Count, NotJsonError, Record, load_json, parse, read_regular
+from training.records import Count, NotJsonError, Number, Record, load_json, parse, read_regular
 
 METRICS = "metrics.jsonl"
 MAX_METRICS_BYTES = 2**30
 _COLUMNS = 6
 
-Number = int | float | None
-"""What a metric is: None where there was nothing to measure."""
 _Amount = Annotated[FiniteFloat, Field(ge=0.0)]
 
 

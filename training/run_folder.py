@@ -69,10 +69,10 @@ class TrainSummary(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     out: Path
-    steps: int
-    tokens: int
+    steps: Count
+    tokens: Count
     """Tokens predicted in training, repeats over epochs counted."""
-    seconds: float
+    seconds: Annotated[FiniteFloat, Field(ge=0.0)]
     """Wall time of training and evaluation, over all resumed parts."""
     train_ce: float
     """Cross-entropy of the last logged steps, nats per token."""
@@ -80,15 +80,15 @@ class TrainSummary(BaseModel):
     """Cross-entropy on the held-out documents after the last step, nats per token; None where nothing was held out."""
     eval_nats_per_byte: float | None
     """The same per byte of the text predicted, which compares across tokenizers."""
-    num_train_samples: int
-    num_dropped_samples: int
+    num_train_samples: Count
+    num_dropped_samples: Count
     """Training samples each epoch leaves out because they fill no whole batch."""
-    num_padded_samples: int
+    num_padded_samples: Count
     """Samples of weight 0 that fill the last batch of each epoch."""
-    num_held_out_samples: int
-    peak_rss_bytes: int
+    num_held_out_samples: Count
+    peak_rss_bytes: Count
     """Largest memory of this process."""
-    peak_device_bytes: int | None
+    peak_device_bytes: Count | None
     """Largest memory torch held on the GPU; None on CPU."""
     store_fingerprint: str
     config: TrainConfig
@@ -120,9 +120,9 @@ class RunFolder:
             return None
         try:
             record = read_json(path)
+            parse(RunRecord, record, str(path))
         except ValueError as error:
             raise ValueError(f"{error}; the run is damaged, choose another --out") from error
-        parse(RunRecord, record, str(path))
         return dict(record)
 
     def refuse_unless_resuming(self, resume: bool) -> None:
