@@ -21,7 +21,7 @@ _SHOWN = 80
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 """A whole number that every JSON reader takes exactly."""
 
-Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | None
+Number = float | None
 """What a metric is: None where there was nothing to measure."""
 
 Parsed = TypeVar("Parsed", bound=BaseModel)

@@ -144,7 +144,9 @@ def test_what_a_run_wrote_passes(checkpoint: Path, model: Any) -> None:
         pytest.param({"global_step": True}, "global_step: got True, expected a valid integer", id="a truth"),
         pytest.param({"global_step": 5}, "global_step: got 5, expected 6, as the folder is named", id="of another step"),
         pytest.param({"save_steps": 0}, "save_steps: got 0, expected greater than 0", id="no interval"),
-        pytest.param({"log_history": [{"ce": "low"}]}, r"log_history.0.ce\.\w+: got 'low', expected", id="a text as a loss"),
+        pytest.param(
+            {"log_history": [{"ce": "low"}]}, r"log_history.0.ce: got 'low', expected a valid number", id="a text as a loss"
+        ),
         pytest.param({"log_history": 3}, "log_history: got 3, expected a valid list", id="no history"),
         pytest.param({"surprise": 1}, "surprise: got 1, expected", id="an unknown field"),
         pytest.param({"stateful_callbacks": {}}, "stateful_callbacks: got no TrainerControl", id="no control"),

@@ -167,9 +167,9 @@ def test_what_is_no_record_is_refused_by_name_and_neither_read_nor_waited_for(
     [
         pytest.param('{"step": "2", "loss": 1.0}', "step: got '2', expected a valid integer", id="a text for a step"),
         pytest.param('{"loss": 1.0}', "step: got nothing, expected this field", id="no step"),
-        pytest.param('{"step": 2, "loss": [1]}', r"loss\.\w+: got \[1\], expected", id="a list for a loss"),
+        pytest.param('{"step": 2, "loss": [1]}', r"loss: got \[1\], expected a valid number", id="a list for a loss"),
         pytest.param(
-            '{"step": 2, "loss": 1%s}' % ("0" * 400), r"loss\.\S+: got 1000.*\.\.\., expected less than", id="too large to draw"
+            '{"step": 2, "loss": 1%s}' % ("0" * 400), r"loss: got 1000.*\.\.\., expected a valid number", id="too large to draw"
         ),
         pytest.param('{"step": 2, "tokens": -3}', "tokens: got -3, expected greater than or equal to 0", id="negative"),
         pytest.param('{"step": 2, "seconds": NaN}', "seconds: got nan, expected a finite number", id="no number"),
