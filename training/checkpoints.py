@@ -107,6 +107,11 @@ def staging(folder: Path) -> Path:
     return folder / _STAGING
 
 
+def discard(folder: Path) -> None:
+    """Remove what there is of a checkpoint that could not be written: it takes the room that is missing."""
+    shutil.rmtree(staging(folder), ignore_errors=True)
+
+
 def publish(folder: Path, step: int) -> None:
     """Give the checkpoint that was written its name, once it is on disk, and remove those that are too many."""
     staged = staging(folder) / f"{_PREFIX}{step}"

@@ -247,6 +247,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         try:
             super()._save_checkpoint(model, trial)
         except WRITE_ERRORS as error:
+            if self.is_world_process_zero():
+                checkpoints.discard(self._folder.path)
             raise OSError(
                 f"out: the checkpoint of step {self.state.global_step} cannot be written to {self._folder.path} ({one_line(error)}); make room or "
                 "mend the disk, then continue from the checkpoint before it with --resume"
