@@ -12,6 +12,11 @@ Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance
 Positive = Annotated[int, Field(ge=1)]
 
 
+def _one_or_several(value: object) -> object:
+    """One name as a tuple; a list as well, which is what JSON makes of a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 class TrainConfig(BaseModel):
     """A run of `kvpipe train`: a store, a student, a folder, and how to train."""
 
@@ -116,7 +121,7 @@ class TrainConfig(BaseModel):
     workers: int = Field(default=0, ge=0)
     """Processes that read batches; 0 reads in a thread of this process while the model computes. With 1 the model hardly notices (0.98 of
     its speed instead of 0.96 at steps of 80 ms on two cores); it takes 0.5 GB of memory."""
-    report_to: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()
+    report_to: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
     """Experiment trackers of transformers, such as 'tensorboard' or 'wandb', one or a list; none unless asked for."""
 
     @model_validator(mode="after")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerControl, TrainingArguments
@@ -20,13 +22,20 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kvstore.spec import KVSpec
 from pipeline.models.capture import KVTap
+from pipeline.models.resolve import one_line
+from training import checkpoints
 from training.adapters import ADAPTERS, KVAdapters
+from training.checkpoint_files import OPTIMIZER, SCHEDULE, refuse_other_optimizer, refuse_other_schedule
 from training.loader import KVCollator, KVDataLoader, KVDataset, ReadAhead, TrainBatch
 from training.losses import KVLoss, KVSchedule, cross_entropy, kv_errors, kv_weight_at, take_rows
 from training.meters import Meter, Progress, RunFlow, StepSums
 from training.run_folder import RunFolder
 from training.sampler import KVBatchSampler, SampleBatch
 from training.targets import KVTargets, unstack
+from training.trackers import Tracker
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What writing to a full or broken disk raises: Python, torch and safetensors each have their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +90,12 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         objective: KVObjective | None,
         folder: RunFolder,
         workers: int = 0,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         super().__init__(
             model=model,
             args=args,
+            callbacks=list(trackers),
             processing_class=tokenizer,
             train_dataset=data.dataset,
             eval_dataset=data.dataset if data.num_held_out else None,
@@ -206,6 +217,62 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             nats = loss * self._data.held_out_tokens
             metrics[f"{metric_key_prefix}_nats_per_byte"] = nats / self._data.held_out_bytes
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=self._data.num_held_out)
+
+    def rehearse_evaluation(self) -> None:
+        """Predict the largest held-out batch once; sharded weights are not in place yet, so not those.
+
+        Raises:
+            ValueError: there is no memory for it.
+        """
+        if not self._data.held_out or self.is_fsdp_enabled:
+            return
+        largest = max(self._data.held_out, key=lambda batch: batch.num_computed)
+        inputs = self._prepare_inputs(self._data.collator(self._data.dataset.__getitems__(largest)))
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                _forward(self.model.eval(), inputs)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"micro_batch_size: an evaluation of {len(largest)} samples at once needs more memory than there is ({one_line(error)}); lower "
+                "--set micro_batch_size=..., or micro_batch_tokens"
+            ) from error
+
+    # ---- checkpoints
+
+    def _get_output_dir(self, *_args: Any, **_kwargs: Any) -> str:
+        """Where the Trainer writes checkpoints: beside their place, which they get when they are whole."""
+        return str(checkpoints.staging(self._folder.path))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except WRITE_ERRORS as error:
+            if self.is_world_process_zero():
+                checkpoints.discard(self._folder.path)
+            raise OSError(
+                f"out: the checkpoint of step {self.state.global_step} cannot be written to {self._folder.path} ({one_line(error)}); make room or "
+                "mend the disk, then continue from the checkpoint before it with --resume"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            checkpoints.publish(self._folder.path, self.state.global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the student and its tokenizer; weights under the names they have in memory, because the Trainer reads them back by these,
+        where the names of published checkpoints may be others."""
+        if self.args.should_save:
+            student = self.accelerator.unwrap_model(self.model)
+            student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+            self.processing_class.save_pretrained(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_fsdp_enabled:
+            path = Path(checkpoint)
+            with checkpoints.advising(path):
+                refuse_other_optimizer(path / OPTIMIZER, self.optimizer)
+                refuse_other_schedule(path / SCHEDULE, self.lr_scheduler, checkpoints.step_of(path))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- metrics
 

@@ -18,11 +18,12 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
+from pydantic import Field
 from torch import Tensor
 
 from kvstore import codec
@@ -34,12 +35,27 @@ from kvstore.records import fingerprint
 from training.handover import quick_handover
 from training.mixture import sample_table
 from training.order import Shards, Shuffle
+from training.records import Count, Record, parse
 from training.sampler import BatchPlan, KVBatchSampler, SampleBatch, Tail
 
 STATE_VERSION = 1
 PREFETCH_BYTES = 2**30
 """Of batches that are read, or being read, before they are asked for; one batch is always. Codes for a GPU, decoded for the CPU."""
+MAX_EPOCH = 10**6
+"""More passes than any run makes: with `batch_tokens` the steps of all passes before are counted, so a number without a limit would hang."""
 _THREADS = 4
+
+
+class LoaderState(Record):
+    """A place between two batches, as `KVLoader.state_dict` gives it."""
+
+    version: Count
+    fingerprint: str
+    """Of the store."""
+    plan_hash: str
+    """Of all that decides which samples make a batch."""
+    epoch: Annotated[int, Field(ge=0, le=MAX_EPOCH)]
+    samples_consumed: Count
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,18 +207,18 @@ class KVLoader:
         Raises:
             ValueError: it is of another store, of other settings, of another version, or no place between two batches.
         """
+        found = parse(LoaderState, dict(state) if isinstance(state, Mapping) else state, "state")
         expected = self.state_dict()
         for field in ("version", "fingerprint", "plan_hash"):
-            if state.get(field) != expected[field]:
+            got = getattr(found, field)
+            if got != expected[field]:
                 raise ValueError(
-                    f"state: {field}: got {state.get(field)!r}, expected {expected[field]!r}; it is of another store, or of another seed, order or "
+                    f"state: {field}: got {got!r}, expected {expected[field]!r}; it is of another store, or of another seed, order or "
                     "batch_size"
                 )
-        epoch, consumed = state.get("epoch"), state.get("samples_consumed")
-        if not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"state: got epoch {epoch!r}, expected a whole number from 0 on")
+        epoch, consumed = found.epoch, found.samples_consumed
         cuts = self._sampler.cuts(epoch)
-        if not isinstance(consumed, int) or consumed not in cuts[:-1]:
+        if consumed not in cuts[:-1]:
             raise ValueError(
                 f"state: got samples_consumed {consumed!r}, expected the end of a batch of epoch {epoch}: {_some(cuts)}"
             )

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, FiniteFloat
+
+from training.records import Count, NotJsonError, Number, Record, load_json, parse, read_regular
 
 METRICS = "metrics.jsonl"
+MAX_METRICS_BYTES = 2**30
 _COLUMNS = 6
+
+_Amount = Annotated[FiniteFloat, Field(ge=0.0)]
+
+
+class _Line(Record):
+    """One line of metrics: where the run was, and losses by name."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", use_attribute_docstrings=True)
+    __pydantic_extra__: dict[str, Number] = Field(init=False)
+
+    step: Count
+    tokens: Count = 0
+    seconds: _Amount = 0.0
+    loader_wait_s: _Amount = 0.0
+    peak_rss_bytes: Count = 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file in order; one cut short by a crash, and what follows it, is left out."""
+    """The lines of a metrics file in order; one cut short by a crash, and what follows it, is left out.
+
+    Raises:
+        ValueError: it is no regular file, or a line holds something else than numbers.
+    """
     records: list[dict[str, Any]] = []
-    if not path.is_file():
+    if not os.path.lexists(path):
         return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(read_regular(path, MAX_METRICS_BYTES).splitlines(), start=1):
+        where = f"{path}, line {number}"
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = load_json(line, where)
+        except NotJsonError:
             break
+        parse(_Line, record, where)
+        records.append(record)
     return records
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from training.report import plot_against_cost, plot_costs, plot_layers, plot_runs, read_runs
-from training.run_folder import SUMMARY, RunFolder, write_text
+from training.run_folder import RunFolder, write_text
 
 PAGE = "index.html"
 _PICTURES = {
@@ -90,8 +90,9 @@ def _results(folder: Path, metrics: Sequence[Mapping[str, Any]], record: Mapping
     for line in metrics:
         found |= {name: value for name, value in line.items() if value is not None}
     values = {"steps": found["step"], "train_ce": found.get("ce"), "store_fingerprint": record.get("store"), **found}
-    if (folder / SUMMARY).is_file():
-        values |= json.loads((folder / SUMMARY).read_bytes())
+    summary = RunFolder(folder).summary()
+    if summary is not None:
+        values |= summary.model_dump(mode="json")
     else:
         values["steps"] = f"{found['step']:,} of {record['config']['steps']:,}, not finished"
     if found.get("seconds"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 from kvstore.records import differences
+from training import checkpoints
 from training.config import TrainConfig
+from training.records import Count, Record, parse, parse_json, read_json
 from training.report import METRICS, read_metrics
 
 RUN = "run.json"
@@ -28,16 +31,48 @@ FREE_FIELDS = frozenset(
 """Settings a resumed run may change: they say where and how it computes, not what."""
 
 
+TRIAL = ".trial-"
+"""How the name of a folder begins in which saving is tried."""
+
+
+class TrainedSamples(Record):
+    """What of a store a run is trained on."""
+
+    shards: str
+    num_samples: Count
+    sha256: str
+
+
+class RunSettings(Record):
+    """The settings of a run as they were recorded; TrainConfig may know others by now, so only what is read is typed."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+    steps: Count
+
+
+class RunRecord(Record):
+    """What the numbers of a run follow from; `run.json` holds it."""
+
+    store: str
+    samples: TrainedSamples | None = None
+    config: RunSettings
+    alignment: dict[str, JsonValue] | None = None
+    variances: list[Annotated[list[Annotated[FiniteFloat, Field(gt=0.0)]], Field(min_length=2, max_length=2)]] | None = None
+    """Of the targets' keys and values in each compared layer."""
+
+
 class TrainSummary(BaseModel):
     """What a finished run came to; `summary.json` holds it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     out: Path
-    steps: int
-    tokens: int
+    steps: Count
+    tokens: Count
     """Tokens predicted in training, repeats over epochs counted."""
-    seconds: float
+    seconds: Annotated[FiniteFloat, Field(ge=0.0)]
     """Wall time of training and evaluation, over all resumed parts."""
     train_ce: float
     """Cross-entropy of the last logged steps, nats per token."""
@@ -45,15 +80,15 @@ class TrainSummary(BaseModel):
     """Cross-entropy on the held-out documents after the last step, nats per token; None where nothing was held out."""
     eval_nats_per_byte: float | None
     """The same per byte of the text predicted, which compares across tokenizers."""
-    num_train_samples: int
-    num_dropped_samples: int
+    num_train_samples: Count
+    num_dropped_samples: Count
     """Training samples each epoch leaves out because they fill no whole batch."""
-    num_padded_samples: int
+    num_padded_samples: Count
     """Samples of weight 0 that fill the last batch of each epoch."""
-    num_held_out_samples: int
-    peak_rss_bytes: int
+    num_held_out_samples: Count
+    peak_rss_bytes: Count
     """Largest memory of this process."""
-    peak_device_bytes: int | None
+    peak_device_bytes: Count | None
     """Largest memory torch held on the GPU; None on CPU."""
     store_fingerprint: str
     config: TrainConfig
@@ -66,20 +101,29 @@ class RunFolder:
         self.path = path
 
     def summary(self) -> TrainSummary | None:
-        """The summary, if the run is finished."""
+        """The summary, if the run is finished.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         path = self.path / SUMMARY
-        return TrainSummary.model_validate_json(path.read_bytes()) if path.is_file() else None
+        return parse_json(TrainSummary, path) if os.path.lexists(path) else None
 
     def recorded(self) -> dict[str, Any] | None:
-        """The identity of the run in this folder, None where there is none."""
+        """The identity of the run in this folder, None where there is none.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         path = self.path / RUN
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
+            record = read_json(path)
+            parse(RunRecord, record, str(path))
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); the run is damaged, choose another --out") from error
-        return record
+            raise ValueError(f"{error}; the run is damaged, choose another --out") from error
+        return dict(record)
 
     def refuse_unless_resuming(self, resume: bool) -> None:
         """Keep a new run from mixing with another's files.
@@ -91,12 +135,18 @@ class RunFolder:
             self._refuse_strangers()
         elif not resume:
             raise ValueError(f"out: {self.path} already holds a run; continue it with --resume, or choose another --out")
+        links = sorted(entry.name for entry in self.path.glob("*") if entry.is_symlink() and _is_ours(entry.name))
+        if links:
+            raise ValueError(
+                f"out: {self.path} holds {links[0]} as a symbolic link, and training would write to wherever it leads; remove the link, or "
+                "choose another --out"
+            )
 
     def _refuse_strangers(self) -> None:
         """A run writes its record first, so whatever lies in a folder without one is somebody else's."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: {self.path} is a file, expected a folder or nothing; choose another --out")
-        found = sorted(entry.name + "/" * entry.is_dir() for entry in self.path.glob("*") if entry.name != _staged(RUN))
+        found = sorted(entry.name + "/" * entry.is_dir() for entry in self.path.glob("*") if not _is_leftover(entry.name))
         if found:
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             raise ValueError(
@@ -131,16 +181,26 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RUN, json.dumps(identity, indent=1) + "\n")
         self.refuse_other(identity, list(identity))
+        self._sweep()
         checkpoint = self.last_checkpoint()
-        step = 0 if checkpoint is None else _step_of(checkpoint)
+        step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
         kept = [record for record in read_metrics(self.path / METRICS) if record["step"] <= step]
         write_text(self.path / METRICS, "".join(f"{json.dumps(record)}\n" for record in kept))
         return checkpoint
 
+    def _sweep(self) -> None:
+        """Remove what killed processes left: checkpoints cut short, and folders in which saving was tried."""
+        checkpoints.sweep(self.path)
+        for trial in self.path.glob(f"{TRIAL}*"):
+            shutil.rmtree(trial, ignore_errors=True)
+
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end: the Trainer writes `trainer_state.json` last."""
-        checkpoints = sorted(self.path.glob("checkpoint-*"), key=_step_of, reverse=True)
-        return next((path for path in checkpoints if _is_json(path / "trainer_state.json")), None)
+        """The newest checkpoint that was written to its end.
+
+        Raises:
+            ValueError: its record is damaged.
+        """
+        return checkpoints.newest(self.path)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
@@ -161,7 +221,8 @@ def to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once or not at all."""
     staged = path.with_name(_staged(path.name))
-    with staged.open("w", encoding="utf-8") as file:
+    staged.unlink(missing_ok=True)  # a link or a pipe left there would be written to
+    with staged.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -173,14 +234,11 @@ def _staged(name: str) -> str:
     return f".{name}.partial"
 
 
-def _step_of(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+def _is_leftover(name: str) -> bool:
+    """Whether a run leaves such a name behind that dies before its record is written."""
+    return name == _staged(RUN) or name.startswith(TRIAL)
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
+def _is_ours(name: str) -> bool:
+    """Whether a run writes to such a name."""
+    return name in {RUN, SUMMARY, MODEL, PLOT, METRICS} or checkpoints.is_checkpoint(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.models.attention import attention_modules
 from pipeline.models.load import build_student, load_tokenizer
+from pipeline.models.resolve import one_line
 from training.mixture import Readable
 
 
@@ -35,11 +37,10 @@ def prepare_student(
     """Build the student in float32 and make sure it can read every sample of the store.
 
     Args:
-        lora_rank: train low-rank additions to all linear layers (LoRA, arXiv 2106.09685) and leave the model's own weights.
+        lora_rank: what `add_lora` is to be called with; None where it is not.
 
     Raises:
         ValueError: another tokenizer than the store's, too small an embedding, too few positions, or LoRA on fresh weights.
-        ImportError: LoRA without the package `peft`.
     """
     model, own_tokenizer = build_student(name, vocab_size=len(tokenizer), seed=seed)
     if lora_rank is not None and own_tokenizer is None:
@@ -65,32 +66,46 @@ def prepare_student(
             f"student: {name} has max_position_embeddings {positions}, but the store has samples of {longest} tokens; "
             "raise it in the student's config, or extract with a smaller --seq-len"
         )
-    model = model.to(torch.float32)
-    return model if lora_rank is None else add_lora(model, lora_rank, seed)
+    return model.to(torch.float32)
 
 
-def add_lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """Freeze a model and add LoRA layers in place, scaled by 2; the same for equal seeds."""
+def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
+    """Freeze a model and add low-rank layers to its linear ones in place (LoRA, arXiv 2106.09685), scaled by 2; the same for equal seeds.
+
+    Raises:
+        ValueError: the package `peft` is not installed, or the layers cannot be merged into the model's own again.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("lora_rank: the package peft is not installed; run pip install 'kvpipe[lora]'") from error
+        raise ValueError("lora_rank: the package peft is not installed; run pip install 'kvpipe[lora]'") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
-    return model
+    try:
+        for _, layer in _lora_layers(model):
+            layer.merge()  # they start as zero, so this changes no weight
+            layer.unmerge()
+    except Exception as error:  # whatever goes wrong here would go wrong after hours
+        raise ValueError(
+            f"lora_rank: the layers of {type(model).__name__} cannot be merged ({one_line(error)}), expected a student that transformers alone loads; "
+            "leave lora_rank out"
+        ) from error
 
 
 def merge_lora(model: PreTrainedModel) -> None:
     """Add what LoRA learnt to the model's own weights and take its layers out, so that transformers alone loads it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in layers:
+    for name, module in _lora_layers(model):
         module.merge()
         model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     model.requires_grad_(True)
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def compile_around_attention(model: nn.Module) -> None:

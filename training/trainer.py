@@ -7,41 +7,42 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kvstore.errors import ShardNotCommittedError
 from kvstore.spec import format_layers
-from pipeline.models.probe import probe_kv_spec
+from pipeline.models.resolve import one_line
 from training.adapters import ADAPTERS, KVAdapters
+from training.checkpoint_files import refuse_damaged
 from training.config import TrainConfig
-from training.distill import KVDistillTrainer, KVObjective, TrainData
+from training.distill import WRITE_ERRORS, KVDistillTrainer, KVObjective, TrainData
 from training.handover import quick_handover
-from training.held_out import held_out_batches, split_held_out
-from training.loader import KVCollator, KVDataset
 from training.mixture import Readable, fingerprint_of, open_stores, sample_table, stores_of
+from training.planning import plan_data, plan_objective, rank_of, refuse_nothing_to_learn
+from training.rehearsal import refuse_full_disk, rehearse_checkpoint, rehearse_saving, settle_generation
 from training.report import plot_runs
 from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
-from training.sampler import BatchPlan, KVBatchSampler, SampleTable
-from training.student import compile_around_attention, merge_lora, predicted_bytes, prepare_student, store_tokenizer
-from training.targets import KVTargets, measure_variances, plan_alignment
+from training.student import (
+    add_lora,
+    compile_around_attention,
+    merge_lora,
+    prepare_student,
+    store_tokenizer,
+)
+from training.trackers import make_trackers
 
 __all__ = ["KVDistillTrainer", "run_training"]
 
 log = logging.getLogger(__name__)
-
-_SAMPLES_PER_READ = 256
 
 
 def run_training(config: TrainConfig, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> TrainSummary:
@@ -71,20 +72,28 @@ def run_training(config: TrainConfig, say: Callable[[str], None] = lambda text: 
         if committed < planned and _is_main():
             say(f"store: {committed} of {planned} shards of {each.location} are committed; training on what is there")
     with _threads(config.threads):
-        return _train(config, folder, store)
+        return _train(config, folder, store, say if _is_main() else _silent)
 
 
-def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSummary:
+def _train(config: TrainConfig, folder: RunFolder, store: Readable, say: Callable[[str], None]) -> TrainSummary:
+    table = sample_table(store, sink_tokens=config.sink_tokens)
+    refuse_nothing_to_learn(store, config, table)
     tokenizer = store_tokenizer(store)
-    model = prepare_student(config.student, store, tokenizer, config.seed, config.lora_rank)
-    objective = _plan_objective(config, store, model, folder)
+    trackers = make_trackers(config.report_to, say)
+    model = _student(config, store, tokenizer, say)
+    objective = plan_objective(config, store, model, folder)
     if config.torch_compile:
         compile_around_attention(model)
     if objective is not None and config.adapter != "none":
         model.add_module(ADAPTERS, KVAdapters(objective.targets.alignment, config.adapter))
-    data = _plan_data(config, store, tokenizer, objective)
+    if _is_main():
+        rehearse_checkpoint(model, config.out)
+        refuse_full_disk(config.out, model, steps=config.steps, save_every=config.save_every, sharded=config.fsdp, say=say)
+    data = plan_data(config, store, table, tokenizer, objective)
     arguments = _arguments(config, data)
     checkpoint = _begin(config, folder, store, objective)
+    if checkpoint is not None:
+        refuse_damaged(checkpoint, model, sharded=config.fsdp)
     use_cache = model.config.use_cache
     trainer = KVDistillTrainer(
         model=model,
@@ -94,110 +103,55 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
         objective=objective,
         folder=folder,
         workers=config.workers,
+        trackers=trackers,
     )
     try:
+        trainer.rehearse_evaluation()
         with quick_handover():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.close()
     model.config.use_cache = use_cache
+    return _finish(config, folder, trainer, _summarise(config, store, data, trainer), tokenizer)
+
+
+def _student(
+    config: TrainConfig, store: Readable, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> PreTrainedModel:
+    """The student to train, known to be one that can be saved at the end."""
+    model = prepare_student(config.student, store, tokenizer, config.seed, config.lora_rank)
+    if dropped := settle_generation(model):
+        say(
+            f"student: of its generation settings {', '.join(dropped)} contradict the others, and transformers would not save them: they are left "
+            "out"
+        )
+    if _is_main():
+        rehearse_saving(model, tokenizer, config.out)
+    if config.lora_rank is not None:
+        add_lora(model, config.lora_rank, config.seed)
+    return model
+
+
+def _finish(
+    config: TrainConfig,
+    folder: RunFolder,
+    trainer: KVDistillTrainer,
+    summary: TrainSummary,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TrainSummary:
+    """Leave the student alone, without what it was trained with, and the summary; then the picture."""
+    model = trainer.model
     if hasattr(model, ADAPTERS):
         delattr(model, ADAPTERS)
     if config.lora_rank is not None:
         merge_lora(model)
-    summary = _summarise(config, store, data, trainer)
     weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
     if _is_main():
         _save_model(model, tokenizer, config.out / MODEL, weights)
-        plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
         folder.finish(summary)
+        # Last, so that a picture that cannot be drawn costs nothing else.
+        plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
     return summary
-
-
-def _plan_objective(config: TrainConfig, store: Readable, model: PreTrainedModel, folder: RunFolder) -> KVObjective | None:
-    """The KV term for this student, None where no step of the run has one."""
-    if config.kv_steps == 0:
-        return None
-    spec = probe_kv_spec(model, key_domain=store.spec.key_domain)
-    alignment = plan_alignment(store, spec, layer_map=config.layer_map, layers=config.layers)
-    targets = KVTargets(alignment, as_they_are=config.adapter != "none" or config.kv_loss == "relation")
-    recorded = folder.recorded() or {}
-    known = recorded.get("store") == fingerprint_of(store) and recorded.get("alignment") == to_plain(alignment.to_json())
-    variances = recorded["variances"] if known else measure_variances(store, targets, sink_tokens=config.sink_tokens).tolist()
-    return KVObjective(
-        spec=spec,
-        targets=targets,
-        variances=torch.tensor(variances, dtype=torch.float32),
-        weight=config.kv_weight,
-        steps=config.kv_steps,
-        schedule=config.kv_schedule,
-        loss=config.kv_loss,
-    )
-
-
-def _plan_data(
-    config: TrainConfig, store: Readable, tokenizer: PreTrainedTokenizerBase, objective: KVObjective | None
-) -> TrainData:
-    """Split the store and plan this rank's batches."""
-    samples, table = store.samples, sample_table(store, sink_tokens=config.sink_tokens)
-    train, held_out = (
-        table.select(chosen)
-        for chosen in split_held_out(
-            samples.ids,
-            samples.source,
-            samples.num_tokens,
-            fraction=config.eval_fraction,
-            max_tokens=config.eval_max_tokens,
-        )
-    )
-    for name, part in (("train on", train), ("hold out", held_out)):
-        if len(part) and not part.predicted.any():
-            raise ValueError(
-                f"{store.location}: got {len(part)} samples to {name} without a token to learn from: of one token, or with loss_mask 0 "
-                "throughout; store more data, or hold out other samples with --set eval_fraction=..."
-            )
-    plan = BatchPlan(
-        batch_size=config.batch_size,
-        batch_tokens=config.batch_tokens,
-        seed=config.seed,
-        window_tokens=max(config.shuffle_window_bytes // (4 * store.spec.values_per_token), 1),
-        kv_steps=config.kv_steps,
-        shuffle_targets=config.shuffle_targets,
-        shuffle=config.shuffle,
-        tail=config.tail,
-        balance=config.balance_tokens,
-        shares=(1.0 - sum(config.mix.values()), *config.mix.values()) if config.mix else (),
-    )
-    rank, world_size = _rank()
-    micro: dict[str, Any] = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
-    batches = KVBatchSampler(train, plan, **micro, rank=rank, world_size=world_size)
-    if batches.dropped:
-        log.info("%d of %d training samples fill no whole batch and are left out of each epoch", batches.dropped, len(train))
-    if batches.padded:
-        log.info("%d samples of weight 0 fill up batches of an epoch", batches.padded)
-    return TrainData(
-        dataset=KVDataset(store, () if objective is None else objective.targets.alignment.teacher_layers),
-        batches=batches,
-        held_out=held_out_batches(held_out, batches.batch_size, rank=rank, world_size=world_size),
-        num_train=len(train),
-        num_held_out=len(held_out),
-        held_out_tokens=int((held_out.count * held_out.predicted).sum()),
-        held_out_bytes=predicted_bytes(tokenizer, _predicted_runs(store, held_out)),
-        collator=KVCollator(sink_tokens=config.sink_tokens, pad_id=tokenizer.pad_token_id or 0),
-    )
-
-
-def _predicted_runs(store: Readable, table: SampleTable) -> Iterator[tuple[list[int], int]]:
-    """Runs of predicted tokens, each after the token before it, with the weights of their samples; a few samples read at a time."""
-    for first in range(0, len(table), _SAMPLES_PER_READ):
-        rows = slice(first, first + _SAMPLES_PER_READ)
-        read = store.read(table.index[rows], layers=())
-        for (start, end), weight in zip(itertools.pairwise(read.cu_seqlens.tolist()), table.count[rows].tolist(), strict=True):
-            predicted = read.learnt[start:end].astype(np.int8)
-            predicted[0] = 0
-            edges = np.flatnonzero(np.diff(predicted, append=0)) + 1
-            for begin, stop in edges.reshape(-1, 2).tolist():
-                yield read.input_ids[start + begin - 1 : start + stop].tolist(), weight
 
 
 def _begin(config: TrainConfig, folder: RunFolder, store: Readable, objective: KVObjective | None) -> Path | None:
@@ -236,7 +190,7 @@ def _samples_identity(store: Readable) -> dict[str, Any]:
 
 
 def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
-    if config.fsdp and _rank()[1] == 1:
+    if config.fsdp and rank_of()[1] == 1:
         raise ValueError("fsdp: got one rank, expected several to shard over: start them with torchrun, or with --ray-workers")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, but torch sees no GPU; set device to cpu or auto, or install a CUDA build of torch")
@@ -264,7 +218,7 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
         eval_steps=config.eval_every,
         save_steps=config.save_every,
         save_total_limit=2,
-        report_to=list(config.report_to) or "none",
+        report_to="none",  # `trackers` has them
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
@@ -311,9 +265,23 @@ def _save_model(
     Args:
         weights: gathered from all ranks, where each holds a part of them.
     """
+    staged = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        model.save_pretrained(staged, state_dict=weights)
+        tokenizer.save_pretrained(staged)
+    except WRITE_ERRORS as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise OSError(
+            f"out: the trained student cannot be written to {path} ({one_line(error)}); make room or mend the disk, then run the same command with "
+            "--resume: it repeats the steps since the last checkpoint"
+        ) from error
     shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(path, state_dict=weights)
-    tokenizer.save_pretrained(path)
+    staged.rename(path)
+
+
+def _silent(_text: str) -> None:
+    """What ranks beside the main one have to say."""
 
 
 @contextlib.contextmanager
@@ -326,10 +294,5 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rank() -> tuple[int, int]:
-    """(rank, world_size) as torchrun, accelerate and Ray tell their processes."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _is_main() -> bool:
-    return _rank()[0] == 0
+    return rank_of()[0] == 0

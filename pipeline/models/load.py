@@ -61,6 +61,7 @@ def load_causal_lm(
     if problems := validate_checkpoint(path):
         raise ModelLoadError(f"the checkpoint in {path} cannot be used: " + "; ".join(problems))
     config = load_config(path)
+    _validate_generation(path)
     if config.is_encoder_decoder:
         raise ModelLoadError(
             f"{path}: {config.model_type} is an encoder-decoder model; its keys and values are not causal. Choose a decoder"
@@ -147,6 +148,21 @@ def load_config(path: Path) -> PretrainedConfig:
     with _transformers(path, "config.json"):
         # Said explicitly: left open, transformers asks on the terminal and a worker would wait for ever.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _validate_generation(path: Path) -> None:
+    """Refuse generation settings that transformers leaves out in silence, or that end its loading with another file's name or none."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        GenerationConfig.from_dict(read_json(file))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ModelLoadError(
+            f"{file}: these are no generation settings ({one_line(error)}); mend the file, or remove it: it only says how text is sampled"
+        ) from error
 
 
 def _config_errors() -> tuple[type[Exception], ...]:

@@ -215,7 +215,15 @@ def test_an_epoch_is_planned_by_the_summary_of_the_shards_alone(store: Store, mo
         ({"version": 2}, "state: version: got 2, expected 1"),
         ({"samples_consumed": 3}, "got samples_consumed 3, expected the end of a batch of epoch 0: 0, 4, 8, 12, "),
         ({"samples_consumed": 999}, "got samples_consumed 999, expected the end of a batch of epoch 0"),
-        ({"epoch": None}, "got epoch None"),
+        ({"epoch": None}, "state: epoch: got None, expected a valid integer"),
+        ({"epoch": True}, "state: epoch: got True, expected a valid integer"),
+        ({"epoch": "1"}, "state: epoch: got '1', expected a valid integer"),
+        ({"epoch": -1}, "state: epoch: got -1, expected greater than or equal to 0"),
+        ({"epoch": 2**80}, "state: epoch: got 1208925819614629174706176, expected"),
+        ({"samples_consumed": 4.0}, "state: samples_consumed: got 4.0, expected a valid integer"),
+        ({"samples_consumed": -4}, "state: samples_consumed: got -4, expected greater"),
+        ({"fingerprint": ["x"] * 999}, "state: fingerprint: got .*, expected a valid string"),
+        ({"surprise": 1}, "state: surprise: got 1, expected"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(store: Store, change: dict[str, Any], message: str) -> None:
