@@ -2,7 +2,8 @@
 
 A claim is a small file that its holder touches again and again. It dies with its holder: at once where the holder was a process
 of this machine, after a time without touch anywhere else. Works the same on a disk, a shared file system and a bucket, whose
-clock, not ours, says how old a claim is. Knows shard numbers, not what is written.
+clock, not ours, says how old a claim is; between processes of one machine its uptime does, because that is never set. Knows shard
+numbers, not what is written.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ LAYOUT = -1
 EVERYTHING = (LAYOUT, 2**62)
 TOUCH_S, EXPIRY_S = 20.0, 120.0
 _TRIES = 4
+_SET_S = 10.0
+"""A clock that differs by more from a machine's own has been set; whole seconds and slow requests differ by less."""
 _UNDER_LEASE = ("shard-", "create-", "creating")
 """What only a writer with a lease puts into the staging folder."""
 
@@ -49,7 +52,9 @@ class Claim:
     machine: str
     """Boot and process namespace: within one, a pid means the same process."""
     started_s: float
-    """When that process started, which tells it from a later one of the same number."""
+    """When that process started, in seconds since 1970 by a clock that may have been set since."""
+    uptime_s: float | None = None
+    """The machine's monotonic clock when this was written; None of a writer that does not say."""
 
     def overlaps(self, first: int, stop: int) -> bool:
         return self.first < stop and first < self.stop
@@ -61,9 +66,22 @@ class Claim:
             return False
         try:
             process = psutil.Process(self.pid)
-            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started_s) > 1
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+            created_s, now_s, age_s = process.create_time(), time.time(), self.age_s
         except psutil.NoSuchProcess:
             return True
+        if age_s is None:
+            return abs(created_s - self.started_s) > 1
+        # A process younger than the claim has got the number of a dead one.
+        return now_s - created_s < age_s - 2
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since it was written, whatever was done to the clocks; None where only the storage can tell."""
+        if self.machine != _machine() or self.uptime_s is None:
+            return None
+        return time.monotonic() - self.uptime_s
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +109,20 @@ def holders(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None
             claim = Claim(**json.loads(storage.read(entry.key)))
         except (FileNotFoundError, ValueError, TypeError):
             continue  # released meanwhile, or cut short by a crash: it expires
-        is_living = now - entry.modified_s < expiry_s and not claim.is_dead
+        is_living = _age_s(claim, now - entry.modified_s) < expiry_s and not claim.is_dead
         found.append(Holder(key=entry.key, claim=claim, touched_s=entry.modified_s, is_living=is_living))
     return found
+
+
+def _age_s(claim: Claim, by_storage_s: float) -> float:
+    """Seconds since a claim was written, also where the storage's clock was set meanwhile.
+
+    A claim from the future is of before it was set back; its holder, if it lives, writes it again soon.
+    """
+    by_machine_s = claim.age_s
+    if by_machine_s is not None and abs(by_machine_s - by_storage_s) > _SET_S:
+        return by_machine_s
+    return abs(by_storage_s)
 
 
 def claims(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None = None) -> dict[str, Claim]:
@@ -201,7 +230,8 @@ def _acquire(
 
 
 def _put(storage: Storage, key: str, claim: Claim) -> None:
-    storage.write(key, json.dumps(dataclasses.asdict(claim)).encode(), replace=True)
+    written = dataclasses.replace(claim, uptime_s=time.monotonic())
+    storage.write(key, json.dumps(dataclasses.asdict(written)).encode(), replace=True)
 
 
 def _clean(storage: Storage, living: dict[str, Claim], own: str) -> None:
