@@ -149,6 +149,9 @@ class Folder:
                 os.link(staged, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk names no file
+            raise
         finally:
             if not isinstance(content, Path):
                 staged.unlink(missing_ok=True)
@@ -179,8 +182,9 @@ class Folder:
         staged = self._fresh("file")
         try:
             staged.write_bytes(content)
-        except OSError:
+        except OSError as error:
             staged.unlink(missing_ok=True)
+            error.filename = error.filename or str(staged)
             raise
         return staged
 
