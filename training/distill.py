@@ -219,6 +219,10 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             kept = {_METRIC_NAMES.get(name, name): value for name, value in logs.items() if not name.endswith(_SPEED_METRICS)}
             self._folder.log({"step": self.state.global_step, **kept, **self.meter.read()})
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._folder.checkpoint(self.state.global_step) if self.args.should_save else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
+
     def _loss_parts(self) -> dict[str, float | None]:
         ce, errors = self._sums.take(self.accelerator)
         parts: dict[str, float | None] = {"ce": ce}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 
+from kvstore.errors import StoreWriteError
 from kvstore.records import differences
 from training.config import TrainConfig
 from training.report import METRICS, read_metrics
@@ -18,6 +22,8 @@ RUN = "run.json"
 SUMMARY = "summary.json"
 MODEL = "model"
 PLOT = "loss.png"
+_CHECKPOINTS = 2
+"""Kept of a run: the last, and the one before it should the last be cut short."""
 
 FREE_FIELDS = frozenset(
     {
@@ -139,13 +145,47 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end: the Trainer writes `trainer_state.json` last."""
-        checkpoints = sorted(self.path.glob("checkpoint-*"), key=_step_of, reverse=True)
-        return next((path for path in checkpoints if _is_json(path / "trainer_state.json")), None)
+        return next((path for path in self._checkpoints() if _is_json(path / "trainer_state.json")), None)
+
+    def _checkpoints(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.path.glob("checkpoint-*"), key=_step_of, reverse=True)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(record)}\n")
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int) -> Iterator[None]:
+        """Around the writing of a checkpoint: one that fails leaves nothing, one that succeeds ends all but the newest by step.
+
+        By step and not by time, because after a clock was set back the newest looks the oldest.
+        """
+        folder = self.path / f"checkpoint-{step}"
+        try:
+            with writing(folder):
+                yield
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        open_as_the_rest(folder)
+        for old in self._checkpoints()[_CHECKPOINTS:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[Path]:
+        """A folder to save the student into, put in place as a whole when that is done."""
+        staged, path = self.path / _staged(MODEL), self.path / MODEL
+        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            with writing(path):
+                yield staged
+                open_as_the_rest(staged)
+                shutil.rmtree(path, ignore_errors=True)
+                staged.replace(path)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def finish(self, summary: TrainSummary) -> None:
         """Write the summary; from here on the run counts as finished."""
@@ -161,11 +201,44 @@ def to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once or not at all."""
     staged = path.with_name(_staged(path.name))
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    with writing(path):
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes to a path of a run.
+
+    Raises:
+        StoreWriteError: the disk refused, in whichever exception torch, safetensors or Python says so.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _WRITERS_OF_TORCH):
+            raise
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise StoreWriteError(
+            f"{path}: writing failed ({reason}); {shutil.disk_usage(folder).free:,} bytes are free there. Mend that (space, permissions) and "
+            "run the same command with --resume: it goes on from the last checkpoint"
+        ) from error
+
+
+_WRITERS_OF_TORCH = ("inline_container", "PytorchStreamWriter")
+"""What torch names where a file could not be written; it has no class of error for that."""
+
+
+def open_as_the_rest(folder: Path) -> None:
+    """Give weights the permissions of the config beside them: safetensors writes for the owner alone, whatever the umask says."""
+    config = folder / "config.json"
+    if config.is_file():
+        for file in folder.glob("*.safetensors"):
+            file.chmod(config.stat().st_mode & 0o777)
 
 
 def _staged(name: str) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from training.held_out import held_out_batches, split_held_out
 from training.loader import KVCollator, KVDataset
 from training.mixture import Readable, fingerprint_of, open_stores, sample_table, stores_of
 from training.report import plot_runs
-from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
+from training.run_folder import FREE_FIELDS, PLOT, RunFolder, TrainSummary, to_plain, writing
 from training.sampler import BatchPlan, KVBatchSampler, SampleTable
 from training.student import compile_around_attention, merge_lora, predicted_bytes, prepare_student, store_tokenizer
 from training.targets import KVTargets, measure_variances, plan_alignment
@@ -108,8 +107,12 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
     summary = _summarise(config, store, data, trainer)
     weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
     if _is_main():
-        _save_model(model, tokenizer, config.out / MODEL, weights)
-        plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
+        # Saved so that transformers alone loads it; the weights are given where each rank holds a part of them.
+        with folder.model() as path:
+            model.save_pretrained(path, state_dict=weights)
+            tokenizer.save_pretrained(path)
+        with writing(config.out / PLOT):
+            plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
         folder.finish(summary)
     return summary
 
@@ -263,7 +266,6 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
         eval_strategy="steps" if data.num_held_out else "no",
         eval_steps=config.eval_every,
         save_steps=config.save_every,
-        save_total_limit=2,
         report_to=list(config.report_to) or "none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
@@ -301,19 +303,6 @@ def _summarise(config: TrainConfig, store: Readable, data: TrainData, trainer: K
         store_fingerprint=fingerprint_of(store),
         config=config,
     )
-
-
-def _save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: dict[str, torch.Tensor] | None
-) -> None:
-    """Save the student so that transformers alone loads it.
-
-    Args:
-        weights: gathered from all ranks, where each holds a part of them.
-    """
-    shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(path, state_dict=weights)
-    tokenizer.save_pretrained(path)
 
 
 @contextlib.contextmanager
