@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kvstore.errors import ShardNotCommittedError
@@ -83,6 +84,7 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable) -> TrainSumm
         model.add_module(ADAPTERS, KVAdapters(objective.targets.alignment, config.adapter))
     data = _plan_data(config, store, tokenizer, objective)
     arguments = _arguments(config, data)
+    _refuse_other_samples_on_ranks(store)
     checkpoint = _begin(config, folder, store, objective)
     use_cache = model.config.use_cache
     trainer = KVDistillTrainer(
@@ -224,6 +226,19 @@ def _identity(config: TrainConfig, store: Readable, objective: KVObjective | Non
             "variances": None if objective is None else objective.variances.tolist(),
         }
     )
+
+
+def _refuse_other_samples_on_ranks(store: Readable) -> None:
+    """Each rank opens the store by itself, and others may be writing it: what one numbers 5 must be no other's 6."""
+    if _rank()[1] == 1:
+        return
+    found: list[dict[str, Any]] = gather_object([_samples_identity(store)])
+    if any(each != found[0] for each in found):
+        counts = ", ".join(f"{each['num_samples']:,}" for each in found)
+        raise ValueError(
+            f"store: {store.location} grew while the ranks opened it: they see {counts} samples; finish its extraction first, or start "
+            "again when nothing is being committed"
+        )
 
 
 def _samples_identity(store: Readable) -> dict[str, Any]:
