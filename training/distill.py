@@ -92,7 +92,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         # Both print to stdout, which is for results.
         self.remove_callback(PrinterCallback)
         self.add_callback(RunFlow())
-        self.add_callback(Progress())
+        self._progress = Progress()
+        self.add_callback(self._progress)
         self._data, self._folder, self._workers = data, folder, workers
         self._objective = objective and dataclasses.replace(objective, variances=objective.variances.to(args.device))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
@@ -102,7 +103,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self.meter = Meter(folder)
 
     def close(self) -> None:
-        """Stop the reading thread."""
+        """Stop the reading thread and the bar, however the run ended."""
+        self._progress.on_train_end()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     # ---- data

@@ -219,7 +219,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _WRITERS_OF_TORCH):
+        if isinstance(error, RuntimeError) and not any(writer in str(error) for writer in _WRITERS_OF_TORCH):
             raise
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
@@ -229,7 +229,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-_WRITERS_OF_TORCH = ("inline_container", "PytorchStreamWriter")
+_WRITERS_OF_TORCH = ("inline_container", "PytorchStreamWriter", "iostream error")
 """What torch names where a file could not be written; it has no class of error for that."""
 
 
