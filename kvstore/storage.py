@@ -150,8 +150,7 @@ class Folder:
         except FileExistsError:
             return False
         except OSError as error:
-            error.filename = error.filename or str(path)  # a full disk names no file
-            raise
+            raise _named(error, path) from None
         finally:
             if not isinstance(content, Path):
                 staged.unlink(missing_ok=True)
@@ -167,6 +166,8 @@ class Folder:
         folder.mkdir()
         try:
             yield folder
+        except OSError as error:
+            raise _named(error, folder) from error.__cause__
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -184,9 +185,15 @@ class Folder:
             staged.write_bytes(content)
         except OSError as error:
             staged.unlink(missing_ok=True)
-            error.filename = error.filename or str(staged)
-            raise
+            raise _named(error, staged) from None
         return staged
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error with the path it is about: the system names no file where a disk is full."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
+    return error
 
 
 def _refuse_unreadable(error: OSError) -> None:
