@@ -43,5 +43,5 @@ def test_a_pickled_store_is_refused_where_samples_were_dropped_meanwhile(tmp_pat
         write_shard(tmp_path, source, manifest, calibration, shard, task)
     in_pickle = pickle.dumps(Store(str(tmp_path)))
     drop_samples(str(tmp_path), open_store(tmp_path).samples.ids[:1])
-    with pytest.raises(FingerprintMismatchError, match="holds other samples than when the store was opened; .*Start again"):
+    with pytest.raises(FingerprintMismatchError, match=r"holds other samples than when the store was opened; .*Start again"):
         pickle.loads(in_pickle)
