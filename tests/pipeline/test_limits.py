@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from pipeline.cli import main
 
 def kvpipe(arguments):
     "Exit status and output of one command."
-    told = io.StringIO()
+    told, before = io.StringIO(), sys.argv
     sys.argv = ["kvpipe", *arguments]
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
         try:
@@ -34,6 +33,7 @@ def kvpipe(arguments):
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)
+    sys.argv = before
     return status, told.getvalue()
 
 def error_of(arguments):
@@ -50,8 +50,8 @@ def works(arguments):
 """For scripts that run commands one after the other in a process, which under limits of its own is not forked from others."""
 
 
-def run_script(script: str, *arguments: str | Path, prefix: Sequence[str] = ()) -> str:
-    command = [*prefix, sys.executable, "-c", MAIN + script, *map(str, arguments)]
+def run_script(script: str, *arguments: str | Path) -> str:
+    command = [sys.executable, "-c", MAIN + script, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -103,7 +103,7 @@ for arguments in read:
     works(arguments)
 for arguments in refused:
     told = error_of(arguments)
-    assert store in told and ("Read-only file system" in told or "Permission denied" in told), told
+    assert store in told and ("Read-only file system" in told), told
     assert "choose another" in told, told
     print(told)
 from kvstore import open_store
@@ -148,22 +148,6 @@ def test_a_store_mounted_for_reading_only_is_read_and_what_would_write_says_so(b
     done = with_mount(["sh", "-c", mount], command)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 6
-    assert content(store) == content(bench.store)
-
-
-def test_another_users_store_is_read_and_what_would_write_says_so(bench: Bench, tmp_path: Path) -> None:
-    if os.geteuid() != 0 or not shutil.which("setpriv"):
-        pytest.skip("only root can become another user")
-    store, out = Path(shutil.copytree(bench.store, tmp_path / "store")), tmp_path / "out"
-    out.mkdir()
-    out.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == 0 and folder.name.startswith("pytest-"):
-            folder.chmod(0o755)
-    arguments = commands_on(store, out, bench)
-    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", f"HOME={out}", f"TMPDIR={out}"]
-    told = run_script(READ_ONLY, store, out, *arguments, prefix=become)
-    assert len(told.splitlines()) == 6
     assert content(store) == content(bench.store)
 
 

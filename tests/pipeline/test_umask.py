@@ -18,7 +18,7 @@ def test_every_file_of_stores_runs_and_exports_has_the_permissions_that_the_umas
     umask: int, bench: Bench, tmp_path: Path
 ) -> None:
     (tmp_path / "all").mkdir()
-    out, maps = tmp_path / "all", tmp_path / "all" / "maps" / "maps.safetensors"
+    out, maps = tmp_path / "all", tmp_path / "all" / "maps.safetensors"
     commands = [
         bench.extract(out / "store"),
         bench.append(out / "store"),
