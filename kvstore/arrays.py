@@ -300,7 +300,7 @@ def encode_shard(document: Mapping[str, Any], codes: np.ndarray, folder: Path) -
         ).result()
         array[region].write(codes, can_reference_source_data_indefinitely=True).result()
     except ValueError as error:  # of tensorstore whatever went wrong
-        raise OSError(str(error)) from error
+        raise OSError(str(error).partition(" [tensorstore_spec=")[0]) from error  # which repeats all metadata
     (shard,) = (path for path in (folder / "c").rglob("*") if path.is_file())
     return shard
 

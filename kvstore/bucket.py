@@ -90,7 +90,7 @@ class Bucket:
 
     def write(self, key: str, content: bytes | Path, *, replace: bool) -> bool:
         import obstore
-        from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 
         body = content.read_bytes() if isinstance(content, Path) else content
         ours = secrets.token_hex(16)
@@ -112,6 +112,10 @@ class Bucket:
                 if isinstance(mode, str):
                     raise
                 return False  # what was to be replaced has been deleted since
+            except BaseError as error:
+                if isinstance(mode, str) or "NotImplemented" not in str(error):
+                    raise
+                obstore.put(client, key, body, mode="overwrite", use_multipart=False)  # a server without conditional puts
             return True
 
         written = self._request(
@@ -136,25 +140,6 @@ class Bucket:
 
     def revoke_claim(self, claim: str) -> None:
         dataclasses.replace(self, claim=None).delete(claim_key(claim))
-
-    def touch(self, key: str) -> bool:
-        import obstore
-        from obstore.exceptions import NotFoundError, PreconditionError
-
-        there = self._version(key)
-        if there is None:
-            return False
-        content = self.read(key)
-
-        def put(client: Any) -> bool:
-            try:
-                obstore.put(client, key, content, mode=there, use_multipart=False)
-            except (PreconditionError, NotFoundError, FileNotFoundError):
-                return False
-            return True
-
-        # Of a repeated request the first may have got through: then the object is there, of another version.
-        return self._request(key, put) or self._version(key) is not None
 
     def _version(self, key: str) -> Any:
         """What a conditional put needs to replace just this object, None where there is none."""

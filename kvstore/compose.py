@@ -25,7 +25,7 @@ from kvstore.create import create_store
 from kvstore.drop import BEFORE, dropped_fingerprint, read_quarantined, write_dropped
 from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.layout import fill_shards, plan_layout
-from kvstore.lease import EVERYTHING, lease
+from kvstore.lease import EVERYTHING, lease, sweep_held
 from kvstore.manifest import PROJECTION, TOKENIZER, Manifest, data_record, read_beside, read_manifest, refuse_mismatch
 from kvstore.reader import Store
 from kvstore.records import plain
@@ -175,6 +175,7 @@ def make(plan: Plan, purpose: str, progress: Progress) -> RewriteSummary:
                 pool.shutdown(cancel_futures=True)
                 raise
         compact(plan.target)
+        sweep_held(held)
     progress(total, total)
     store = Store(plan.target.location)
     return RewriteSummary(

@@ -2,8 +2,9 @@
 
 A claim is a small file that its holder touches again and again. It dies with its holder: at once where the holder was a process
 of this machine, after a time without touch anywhere else. Works the same on a disk, a shared file system and a bucket, whose
-clock, not ours, says how old a claim is. Whoever takes over from a claim revokes it first: a holder that was only frozen then finds
-every write refused (`Storage.fenced`). Knows shard numbers, not what is written.
+clock, not ours, says how old a claim is; between processes of one machine its uptime does, because that is never set. Whoever takes
+over from a claim revokes it first: a holder that was only frozen then finds every write refused (`Storage.fenced`). Knows shard
+numbers, not what is written.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Annotated
 import psutil
 import pydantic
 
-from kvstore.errors import LeaseHeldError, StoreFormatError
+from kvstore.errors import LeaseHeldError, LeaseLostError, StoreFormatError
 from kvstore.records import INT32_MAX, INT64_MAX, parse
 from kvstore.storage import CLAIM, LEASES, SCRATCH, STAGING, Folder, Storage, claim_key
 
@@ -34,6 +35,8 @@ EVERYTHING = (LAYOUT, 2**62)
 TOUCH_S, EXPIRY_S = 20.0, 120.0
 _TRIES = 4
 _MOST_BYTES = 65_536
+_SET_S = 10.0
+"""A clock that differs by more from a machine's own has been set; whole seconds and slow requests differ by less."""
 _UNDER_LEASE = (CLAIM, SCRATCH, "creating", "shard-", "create-")
 """What only a writer with a lease puts into the staging folder."""
 Text = Annotated[str, pydantic.StringConstraints(max_length=4096)]
@@ -55,7 +58,9 @@ class Claim:
     machine: Text
     """Boot and process namespace: within one, a pid means the same process."""
     started_s: Annotated[float, pydantic.Field(ge=0, le=2**36)]
-    """When that process started, which tells it from a later one of the same number."""
+    """When that process started, in seconds since 1970 by a clock that may have been set since."""
+    uptime_s: Annotated[float, pydantic.Field(ge=0)] | None = None
+    """The machine's monotonic clock when this was written; None of a writer that does not say."""
 
     def overlaps(self, first: int, stop: int) -> bool:
         return self.first < stop and first < self.stop
@@ -72,9 +77,22 @@ class Claim:
             return False
         try:
             process = psutil.Process(self.pid)
-            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started_s) > 1
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+            created_s, now_s, age_s = process.create_time(), time.time(), self.age_s
         except psutil.NoSuchProcess:
             return True
+        if age_s is None:
+            return abs(created_s - self.started_s) > 1
+        # A process younger than the claim has got the number of a dead one.
+        return now_s - created_s < age_s - 2
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since it was written, whatever was done to the clocks; None where only the storage can tell."""
+        if self.machine != _machine() or self.uptime_s is None:
+            return None
+        return time.monotonic() - self.uptime_s
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +121,20 @@ def holders(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None
             claim = parse(Claim, content, entry.key, "11.1")
         except (FileNotFoundError, StoreFormatError):
             continue  # released meanwhile, cut short by a crash, or no claim at all: it expires
-        age = now - entry.modified_s
-        # A clock that was set back makes every claim of before look as if it came from the future.
-        is_living = not claim.is_dead and (age < expiry_s if age > -expiry_s else claim.is_here)
+        is_living = _age_s(claim, now - entry.modified_s) < expiry_s and not claim.is_dead
         found.append(Holder(key=entry.key, claim=claim, touched_s=entry.modified_s, is_living=is_living))
     return found
+
+
+def _age_s(claim: Claim, by_storage_s: float) -> float:
+    """Seconds since a claim was written, also where the storage's clock was set meanwhile.
+
+    A claim from the future is of before it was set back; its holder, if it lives, writes it again soon.
+    """
+    by_machine_s = claim.age_s
+    if by_machine_s is not None and abs(by_machine_s - by_storage_s) > _SET_S:
+        return by_machine_s
+    return abs(by_storage_s)
 
 
 def claims(storage: Storage, *, expiry_s: float = EXPIRY_S, now_s: float | None = None) -> dict[str, Claim]:
@@ -147,19 +174,22 @@ def lease(
         machine=_machine(),
         started_s=psutil.Process().create_time(),
     )
-    done = threading.Event()
+    done, held = threading.Event(), storage.fenced(claim)
 
     def touch() -> None:
         while not done.wait(touch_s):
-            with contextlib.suppress(OSError):  # the next touch may get through
-                if not storage.touch(claim_key(claim)):
-                    return
+            try:
+                held.write(claim_key(claim), _claimed(own), replace=True)
+            except LeaseLostError:
+                return
+            except OSError:
+                continue  # the next touch may get through
 
     thread = threading.Thread(target=touch, name="lease", daemon=True)
     try:
         _acquire(storage, claim, own, wait, tries, expiry_s)
         thread.start()
-        yield storage.fenced(claim)
+        yield held
     finally:
         done.set()
         if thread.is_alive():
@@ -210,15 +240,15 @@ def _acquire(
     """Claim first, then look: of two that come at once at least one sees the other and steps back."""
     told, tries, key = False, 0, claim_key(claim)
     while True:
-        storage.write(key, json.dumps(dataclasses.asdict(own)).encode(), replace=True)
+        storage.write(key, _claimed(own), replace=True)
         now = next((entry.modified_s for entry in storage.entries(LEASES) if entry.key == key), None)
         found = [holder for holder in holders(storage, expiry_s=expiry_s, now_s=now) if holder.key != key]
         others = [holder.claim for holder in found if holder.is_living and holder.claim.overlaps(own.first, own.stop)]
         if not others:
             for holder in found:
                 if not holder.is_living and (holder.claim.is_dead or holder.claim.overlaps(own.first, own.stop)):
-                    storage.delete(holder.key)
                     storage.revoke_claim(PurePosixPath(holder.key).stem)
+                    storage.delete(holder.key)
             storage.open_claim(claim)
             return
         storage.delete(key)
@@ -234,6 +264,11 @@ def _acquire(
                 f"with --task-range; if it was killed on another machine, its claim ends {expiry_s:.0f} s after its last sign of life"
             )
         time.sleep(random.uniform(0.1, 0.5))
+
+
+def _claimed(claim: Claim) -> bytes:
+    """What lies in the file of a claim that is written now."""
+    return json.dumps(dataclasses.asdict(dataclasses.replace(claim, uptime_s=time.monotonic()))).encode()
 
 
 def _machine() -> str:

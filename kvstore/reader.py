@@ -10,12 +10,13 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
+import pyarrow as pa
 import tensorstore as ts
 from jaxtyping import Int64
 
@@ -34,7 +35,7 @@ from kvstore.batches import CodeBatch, KVBatch
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, contradictions, read_commit, token_crc32c
-from kvstore.errors import CorruptShardError, KVStoreError, StoreFormatError
+from kvstore.errors import CorruptShardError, FingerprintMismatchError, KVStoreError, StoreFormatError
 from kvstore.manifest import MANIFEST, PROJECTION, TOKENIZER, Group, Manifest, read_beside, read_manifest
 from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
@@ -47,7 +48,8 @@ _SMALL_BYTES = 2**26
 class Store:
     """An open store; samples are numbered in order of shard and position.
 
-    Safe for reading from several threads. Pickles as its location, so that a loader's worker process opens its own.
+    Safe for reading from several threads. Pickles as its location and the shards it saw, so that a loader's worker process opens its
+    own and numbers the same samples, whatever was committed meanwhile.
     """
 
     def __init__(self, location: str | Storage, commits: Sequence[Commit] | None = None) -> None:
@@ -65,8 +67,8 @@ class Store:
         self._process = os.getpid()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.location,)
+    def __reduce__(self) -> tuple[Callable[[str, pa.Table], Store], tuple[str, pa.Table]]:
+        return _opened_as, (self.location, self.samples.summary.select(_SEEN))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -379,3 +381,23 @@ def open_store(path: str | Path) -> Store:
         StoreFormatError: its records are damaged or of another schema version.
     """
     return Store(locate(path))
+
+
+_SEEN = ["shard", "num_samples", "num_tokens"]
+
+
+def _opened_as(location: str, seen: pa.Table) -> Store:
+    """A store as another process saw it, without shards committed since.
+
+    Raises:
+        FingerprintMismatchError: one of the shards it saw holds other samples.
+    """
+    store = Store(location)
+    if not store.samples.summary.select(_SEEN).equals(seen):
+        store = Store(location, [read_commit(store.storage, shard) for shard in seen["shard"].to_pylist()])
+    if not store.samples.summary.select(_SEEN).equals(seen):
+        raise FingerprintMismatchError(
+            f"{location}: a shard holds other samples than when the store was opened; they were dropped or made again meanwhile. Start "
+            "again what reads it"
+        )
+    return store

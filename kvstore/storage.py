@@ -90,9 +90,6 @@ class Storage(Protocol):
     def revoke_claim(self, claim: str) -> None:
         """Stop all writes fenced by this claim for good, those of a process that is frozen included."""
 
-    def touch(self, key: str) -> bool:
-        """Renew a file's time of writing; False where it is gone, which it then stays."""
-
     def scratch(self, stem: str) -> contextlib.AbstractContextManager[Path]:
         """A fresh local folder from which `write` takes files cheaply; removed afterwards."""
 
@@ -213,6 +210,10 @@ class Folder:
                     os.link(staged, path)
             except FileExistsError:
                 return False
+            except FileNotFoundError:
+                raise  # a claim that is gone has taken the staged file with it
+            except OSError as error:
+                raise named(error, path) from None
         _sync_folder(path.parent)
         return True
 
@@ -246,6 +247,8 @@ class Folder:
         folder.mkdir()
         try:
             yield folder
+        except OSError as error:
+            raise named(error, folder) from error.__cause__
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -263,13 +266,6 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             (self.root / STAGING / f"{CLAIM}{claim}").rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-    def touch(self, key: str) -> bool:
-        try:
-            os.utime(self.root / key)
-        except FileNotFoundError:
-            return False
-        return True
 
     def tensorstore_spec(self, key: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{self.root / key}/"}
@@ -324,7 +320,12 @@ class Folder:
                 if isinstance(content, Path):
                     os.link(content, staged)
                 else:
-                    staged.write_bytes(content)
+                    try:
+                        staged.write_bytes(content)
+                    except FileNotFoundError:
+                        raise
+                    except OSError as error:
+                        raise named(error, staged) from None
                 yield staged
             finally:
                 staged.unlink(missing_ok=True)
@@ -341,6 +342,13 @@ class Folder:
                 f"{self.root}: this process stood still for so long that its claim ran out and another writer took over; nothing of "
                 "this step was written. Run the same command again"
             ) from error
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The same error with the path it is about: the system names no file where a disk is full."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
+    return error
 
 
 def _refuse_unreadable(error: OSError) -> None:

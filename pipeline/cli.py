@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from pipeline import doctor_commands, extract_commands, fit_commands, store_commands, train_commands
-from pipeline.terminal import growth_lines, report_lines, say
+from pipeline.terminal import described, growth_lines, report_lines, say
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -217,7 +217,7 @@ def _run() -> None:
         say("interrupted; what is committed or saved is kept, and the same command goes on from there (train with --resume)")
         sys.exit(130)
     except (ValueError, OSError) as error:
-        say(f"error: {error}")
+        say(f"error: {described(error)}")
         sys.exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 def say(text: str) -> None:
     """Tell the person at the terminal, without spoiling a result on stdout."""
     click.echo(text, err=True)
+
+
+_NEXT_STEPS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free room there, or choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "mend its permissions, or choose another place"),
+    errno.EROFS: "mount it for writing, or choose another place",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another place",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+}
+"""What ends an error of the operating system, whichever file it meets."""
+
+
+def described(error: Exception) -> str:
+    """An error as one message that ends with the next step; those of the operating system say only what is wrong."""
+    step = _NEXT_STEPS.get(error.errno or 0) if isinstance(error, OSError) else None
+    if step is None or not isinstance(error, OSError):
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}; {step}, and run the same command again: what is committed or saved is kept"
 
 
 def print_record(record: dict[str, Any], as_json: bool) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerControl, TrainingArguments
@@ -33,9 +32,6 @@ from training.run_folder import RunFolder
 from training.sampler import KVBatchSampler, SampleBatch
 from training.targets import KVTargets, unstack
 from training.trackers import Tracker
-
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What writing to a full or broken disk raises: Python, torch and safetensors each have their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +99,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         # Both print to stdout, which is for results.
         self.remove_callback(PrinterCallback)
         self.add_callback(RunFlow())
-        self.add_callback(Progress())
+        self._progress = Progress()
+        self.add_callback(self._progress)
         self._data, self._folder, self._workers = data, folder, workers
         self._objective = objective and dataclasses.replace(objective, variances=objective.variances.to(args.device))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
@@ -113,7 +110,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self.meter = Meter(folder)
 
     def close(self) -> None:
-        """Stop the reading thread."""
+        """Stop the reading thread and the bar, however the run ended."""
+        self._progress.on_train_end()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     # ---- data
@@ -244,15 +242,8 @@ class KVDistillTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return str(checkpoints.staging(self._folder.path))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
+        with self._folder.checkpoint(self.state.global_step):
             super()._save_checkpoint(model, trial)
-        except WRITE_ERRORS as error:
-            if self.is_world_process_zero():
-                checkpoints.discard(self._folder.path)
-            raise OSError(
-                f"out: the checkpoint of step {self.state.global_step} cannot be written to {self._folder.path} ({one_line(error)}); make room or "
-                "mend the disk, then continue from the checkpoint before it with --resume"
-            ) from error
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             checkpoints.publish(self._folder.path, self.state.global_step)

@@ -44,17 +44,17 @@ class Samples:
 class Mixture:
     """Stores of one teacher, read like one store whose samples are theirs, one store after the other.
 
-    Pickles as their locations.
+    Pickles as they do.
     """
 
-    def __init__(self, locations: Sequence[str]) -> None:
-        """Open them.
+    def __init__(self, stores: Sequence[str | Store]) -> None:
+        """Take them, or open them by their locations.
 
         Raises:
             FingerprintMismatchError: their keys and values are not of the same teacher, tokens and geometry.
             KVStoreError: a store is missing or damaged.
         """
-        self.stores = [open_store(location) for location in locations]
+        self.stores = [store if isinstance(store, Store) else open_store(store) for store in stores]
         first = self.stores[0]
         for other in self.stores[1:]:
             one, two = ({name: store.manifest.signal.get(name) for name in _ALIKE} for store in (first, other))
@@ -65,8 +65,8 @@ class Mixture:
                 )
         self._firsts = np.concatenate([[0], np.cumsum([len(store) for store in self.stores])])
 
-    def __reduce__(self) -> tuple[type[Mixture], tuple[list[str]]]:
-        return Mixture, ([store.location for store in self.stores],)
+    def __reduce__(self) -> tuple[type[Mixture], tuple[list[Store]]]:
+        return Mixture, (self.stores,)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])

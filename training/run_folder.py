@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
+from safetensors import SafetensorError
 
+from kvstore.errors import StoreWriteError
 from kvstore.records import differences
 from training import checkpoints
 from training.config import TrainConfig
@@ -204,8 +207,38 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(record)}\n")
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int) -> Iterator[None]:
+        """Around the writing of a checkpoint beside its place (`checkpoints.staging`): one that fails leaves nothing.
+
+        Raises:
+            StoreWriteError: the disk refused.
+        """
+        name = f"checkpoint-{step}"
+        try:
+            with writing(self.path / name):
+                yield
+                open_as_the_rest(checkpoints.staging(self.path) / name)
+        except BaseException:
+            checkpoints.discard(self.path)
+            raise
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[Path]:
+        """A folder to save the student into, put in place as a whole when that is done."""
+        staged, path = self.path / _staged(MODEL), self.path / MODEL
+        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            with writing(path):
+                yield staged
+                open_as_the_rest(staged)
+                shutil.rmtree(path, ignore_errors=True)
+                staged.replace(path)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def finish(self, summary: TrainSummary) -> None:
         """Write the summary; from here on the run counts as finished."""
@@ -221,12 +254,45 @@ def to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once or not at all."""
     staged = path.with_name(_staged(path.name))
-    staged.unlink(missing_ok=True)  # a link or a pipe left there would be written to
-    with staged.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    with writing(path):
+        staged.unlink(missing_ok=True)  # a link or a pipe left there would be written to
+        with staged.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes to a path of a run.
+
+    Raises:
+        StoreWriteError: the disk refused, in whichever exception torch, safetensors or Python says so.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(writer in str(error) for writer in _WRITERS_OF_TORCH):
+            raise
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise StoreWriteError(
+            f"{path}: writing failed ({reason}); {shutil.disk_usage(folder).free:,} bytes are free there. Mend that (space, permissions) and "
+            "run the same command with --resume: it goes on from the last checkpoint"
+        ) from error
+
+
+_WRITERS_OF_TORCH = ("inline_container", "PytorchStreamWriter", "iostream error")
+"""What torch names where a file could not be written; it has no class of error for that."""
+
+
+def open_as_the_rest(folder: Path) -> None:
+    """Give weights the permissions of the config beside them: safetensors writes for the owner alone, whatever the umask says."""
+    config = folder / "config.json"
+    if config.is_file():
+        for file in folder.glob("*.safetensors"):
+            file.chmod(config.stat().st_mode & 0o777)
 
 
 def _staged(name: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,21 +15,21 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kvstore.errors import ShardNotCommittedError
 from kvstore.spec import format_layers
-from pipeline.models.resolve import one_line
 from training.adapters import ADAPTERS, KVAdapters
 from training.checkpoint_files import refuse_damaged
 from training.config import TrainConfig
-from training.distill import WRITE_ERRORS, KVDistillTrainer, KVObjective, TrainData
+from training.distill import KVDistillTrainer, KVObjective, TrainData
 from training.handover import quick_handover
 from training.mixture import Readable, fingerprint_of, open_stores, sample_table, stores_of
 from training.planning import plan_data, plan_objective, rank_of, refuse_nothing_to_learn
 from training.rehearsal import refuse_full_disk, rehearse_checkpoint, rehearse_saving, settle_generation
 from training.report import plot_runs
-from training.run_folder import FREE_FIELDS, MODEL, PLOT, RunFolder, TrainSummary, to_plain
+from training.run_folder import FREE_FIELDS, PLOT, RunFolder, TrainSummary, to_plain, writing
 from training.student import (
     add_lora,
     compile_around_attention,
@@ -91,6 +90,7 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable, say: Callabl
         refuse_full_disk(config.out, model, steps=config.steps, save_every=config.save_every, sharded=config.fsdp, say=say)
     data = plan_data(config, store, table, tokenizer, objective)
     arguments = _arguments(config, data)
+    _refuse_other_samples_on_ranks(store)
     checkpoint = _begin(config, folder, store, objective)
     if checkpoint is not None:
         refuse_damaged(checkpoint, model, sharded=config.fsdp)
@@ -147,10 +147,14 @@ def _finish(
         merge_lora(model)
     weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
     if _is_main():
-        _save_model(model, tokenizer, config.out / MODEL, weights)
+        # Saved so that transformers alone loads it; the weights are given where each rank holds a part of them.
+        with folder.model() as path:
+            model.save_pretrained(path, state_dict=weights)
+            tokenizer.save_pretrained(path)
         folder.finish(summary)
         # Last, so that a picture that cannot be drawn costs nothing else.
-        plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
+        with writing(config.out / PLOT):
+            plot_runs({config.out.resolve().name: config.out}, config.out / PLOT)
     return summary
 
 
@@ -175,6 +179,19 @@ def _identity(config: TrainConfig, store: Readable, objective: KVObjective | Non
             "variances": None if objective is None else objective.variances.tolist(),
         }
     )
+
+
+def _refuse_other_samples_on_ranks(store: Readable) -> None:
+    """Each rank opens the store by itself, and others may be writing it: what one numbers 5 must be no other's 6."""
+    if rank_of()[1] == 1:
+        return
+    found: list[dict[str, Any]] = gather_object([_samples_identity(store)])
+    if any(each != found[0] for each in found):
+        counts = ", ".join(f"{each['num_samples']:,}" for each in found)
+        raise ValueError(
+            f"store: {store.location} grew while the ranks opened it: they see {counts} samples; finish its extraction first, or start "
+            "again when nothing is being committed"
+        )
 
 
 def _samples_identity(store: Readable) -> dict[str, Any]:
@@ -217,7 +234,6 @@ def _arguments(config: TrainConfig, data: TrainData) -> TrainingArguments:
         eval_strategy="steps" if data.num_held_out else "no",
         eval_steps=config.eval_every,
         save_steps=config.save_every,
-        save_total_limit=2,
         report_to="none",  # `trackers` has them
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
@@ -255,29 +271,6 @@ def _summarise(config: TrainConfig, store: Readable, data: TrainData, trainer: K
         store_fingerprint=fingerprint_of(store),
         config=config,
     )
-
-
-def _save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: dict[str, torch.Tensor] | None
-) -> None:
-    """Save the student so that transformers alone loads it.
-
-    Args:
-        weights: gathered from all ranks, where each holds a part of them.
-    """
-    staged = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        model.save_pretrained(staged, state_dict=weights)
-        tokenizer.save_pretrained(staged)
-    except WRITE_ERRORS as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise OSError(
-            f"out: the trained student cannot be written to {path} ({one_line(error)}); make room or mend the disk, then run the same command with "
-            "--resume: it repeats the steps since the last checkpoint"
-        ) from error
-    shutil.rmtree(path, ignore_errors=True)
-    staged.rename(path)
 
 
 def _silent(_text: str) -> None:

@@ -995,7 +995,7 @@ def test_a_claim_says_who_writes_which_shards_and_dies_with_its_holder(tmp_path:
     with lease(storage, 3, 5, "kvpipe extract"):
         (file,) = (tmp_path / ".staging" / "leases").glob("*.json")
         claim = json.loads(file.read_text())
-        assert claim.keys() == {"purpose", "first", "stop", "host", "pid", "machine", "started_s"}
+        assert claim.keys() == {"purpose", "first", "stop", "host", "pid", "machine", "started_s", "uptime_s"}
         assert (claim["first"], claim["stop"], claim["pid"]) == (3, 5, os.getpid())
         with pytest.raises(LeaseHeldError, match="kvpipe drop: kvpipe extract"), lease(storage, *EVERYTHING, "kvpipe drop"):
             pass

@@ -343,9 +343,7 @@ def small_files() -> Iterator[None]:
 @pytest.mark.usefixtures("small_files")
 def test_a_checkpoint_that_cannot_be_written_leaves_no_half_of_itself(store_path: Path, student: str, tmp_path: Path) -> None:
     config = settings(store_path, student, tmp_path / "run", save_every=3)
-    with pytest.raises(
-        OSError, match=r"out: the checkpoint of step 3 cannot be written to .*run .*continue from the checkpoint"
-    ):
+    with pytest.raises(OSError, match=r"run/checkpoint-3: writing failed .*same command with --resume"):
         run_training(config)
     assert newest(tmp_path / "run") is None
     assert not list((tmp_path / "run").glob("*checkpoint*"))
@@ -358,7 +356,7 @@ def test_a_run_whose_checkpoint_could_not_be_written_goes_on_when_there_is_room(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="cannot be written"):
+        with pytest.raises(OSError, match="writing failed"):
             run_training(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import randomised, tiny_config
+from tests.stores import Source, begin_store, write_shard
 from tests.training.test_trainer import COUNTS, counted_store, logged, metrics, settings
 from training.run_folder import TrainSummary
 from training.student import compile_around_attention
@@ -108,6 +110,32 @@ def test_ranks_train_as_one_on_samples_that_the_data_had_several_times(
     on_ranks(one.config.model_copy(update={"out": tmp_path / "run"}), tmp_path, 2)
     for name in NAMES:
         assert logged(tmp_path / "run", name) == pytest.approx(logged(one.out, name), rel=2e-4), name
+
+
+def test_ranks_that_see_other_samples_of_a_growing_store_are_refused(
+    source: Source, store_path: Path, student: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    manifest, calibration, tasks = begin_store(tmp_path / "kv", source, codec="raw", tokenizer=tokenizer_folder)
+    for shard, task in enumerate(tasks):
+        write_shard(tmp_path / "kv", source, manifest, calibration, shard, task)
+        if shard == len(tasks) - 2:
+            shutil.copytree(tmp_path / "kv", tmp_path / "before")  # as one rank found it, a moment before the other
+    looks = """
+import os, sys
+from pathlib import Path
+from training.config import TrainConfig
+from training.trainer import run_training
+config = TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())
+try:
+    run_training(config.model_copy(update={"store": config.store[: -len("kv")] + ("before", "kv")[int(os.environ["RANK"])]}))
+except ValueError as error:
+    Path(sys.argv[1]).with_name(f"told-{os.environ['RANK']}").write_text(str(error))
+"""
+    on_ranks(settings(tmp_path / "kv", student, tmp_path / "run"), tmp_path, 2, main=looks)
+    for rank in (0, 1):
+        told = (tmp_path / f"told-{rank}").read_text()
+        assert "grew while the ranks opened it: they see 4" in told, told
+        assert "finish its extraction first" in told
 
 
 def test_accelerate_launch_starts_ranks_that_train_as_one(store_path: Path, student: str, tmp_path: Path) -> None:
