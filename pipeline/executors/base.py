@@ -17,7 +17,7 @@ Handle = Any
 Loss = Literal["crash", "memory", "node"]
 
 
-class ExecutorError(RuntimeError):
+class ExecutorError(ValueError):
     """Workers cannot be started, or keep being lost: the message says which task and what to look at."""
 
 
@@ -94,3 +94,9 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """End all workers."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one short line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
