@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.terminal import print_record, progress_bar, say
+from pipeline.terminal import console, print_record, progress_bar, say
 
 _out = click.option("--out", required=True, help="Folder of the new store, or s3://bucket/prefix; run again to resume.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -132,7 +132,6 @@ def match_layers(store: str, student: str, tokens: int, as_json: bool) -> None:
     if as_json:
         print_record(dataclasses.asdict(found), as_json)
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("student layer", "teacher layer", "CKA", "last_aligned's CKA")
@@ -141,9 +140,9 @@ def match_layers(store: str, student: str, tokens: int, as_json: bool) -> None:
         usual = max(0, len(found.teacher_layers) - len(found.student_layers) + row)
         cka = found.cka[row]
         table.add_row(str(layer), str(teacher), f"{cka[found.teacher_layers.index(teacher)]:.3f}", f"{cka[usual]:.3f}")
-    console = Console()
-    console.print(table)
-    console.print(f"--layer-map {found.layer_map}", soft_wrap=True, highlight=False)
+    screen = console()
+    screen.print(table)
+    screen.print(f"--layer-map {found.layer_map}", soft_wrap=True)
 
 
 @click.command()

@@ -6,6 +6,7 @@ The one place where this is decided. Knows neither Ray nor workers.
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 from collections.abc import Mapping
 
@@ -46,13 +47,18 @@ def choose(flag: str | None, environment: Mapping[str, str]) -> Address:
     return _parsed(Address(where=asked or None, notice=notice))
 
 
+def runs_elsewhere(workers: int, flag: str | None) -> bool:
+    """Whether the workers asked for may be on other machines: those of a cluster that the flag or RAY_ADDRESS names."""
+    return bool(workers or flag) and choose(flag, os.environ).where is not None
+
+
 def _parsed(address: Address) -> Address:
     where = address.where
     if where in (None, "local"):
         return dataclasses.replace(address, where=None)
     if where != "auto" and _host_and_port(where) is None:
         raise ExecutorError(
-            f"{address.named_by}: got {where}, expected 'auto', 'local' or host:port of a cluster this machine belongs to. Start the "
+            f"{address.named_by}: got {where}, expected 'auto' or host:port of a cluster this machine belongs to, or 'local'. Start the "
             f"command on one of its nodes: with 'ray job submit', or in a shell there{_or_unset(address)}"
         )
     return address
@@ -83,12 +89,12 @@ def refuse_unreachable(address: Address, *, uses_tls: bool) -> None:
                 return
             connection.sendall(_HELLO)
             answer = connection.recv(9)
-            problem = "" if answer[3:4] == b"\x04" else "what answers there is not Ray's port"
+            problem = "" if answer[3:4] == b"\x04" else f"what answers at {address.where} is not Ray's port"
     except (OSError, UnicodeError) as error:
-        problem = f"nothing answers there ({error})"
+        problem = f"nothing answers at {address.where} ({error})"
     if problem:
         raise ExecutorError(
-            f"{address.named_by}: got {address.where}, but {problem}; start Ray there with 'ray start --head', or see which address it "
+            f"{address.named_by}: {problem}; start Ray there with 'ray start --head', or see which address it "
             f"printed{_or_unset(address)}"
         )
 

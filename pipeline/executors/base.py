@@ -94,9 +94,3 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """End all workers."""
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one short line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else f"{text[:297]}..."

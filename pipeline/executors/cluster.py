@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 
 from pipeline.executors.address import Address, choose, refuse_unreachable
-from pipeline.executors.base import ExecutorError, Say, one_line
+from pipeline.executors.base import ExecutorError, Say
 from pipeline.executors.placement import Node
+from pipeline.failures import one_line
 
 # Ray's minimum is about 75 MiB; no tensor ever passes through it.
 _OBJECT_STORE_BYTES = 100 * 2**20

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from pipeline.executors.base import ExecutorError, Handle, Pool, Say, Worker, WorkerLostError, one_line
+from pipeline.executors.base import ExecutorError, Handle, Pool, Say, Worker, WorkerLostError
+from pipeline.failures import one_line
 from pipeline.worker import TeacherInfo
 
 READY_TIMEOUT_S = 1800.0

@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.executors.base import ExecutorError, Say, one_line
+from pipeline.executors.base import ExecutorError, Say
 from pipeline.executors.cluster import Cluster, passed_on
 from pipeline.executors.placement import place
+from pipeline.failures import one_line
 
 
 def run_ranks(

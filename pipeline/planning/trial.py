@@ -31,6 +31,7 @@ from pipeline.config import ExtractConfig
 from pipeline.data.samples import Sample
 from pipeline.enter import Run, Signal
 from pipeline.executors import Executor
+from pipeline.executors.address import runs_elsewhere
 from pipeline.parts import token_arrays
 from pipeline.planning.draw import Batching, scattered_samples, whole_tasks
 from pipeline.planning.rungs import commits_of, kv_arrays, layer_shares, payload_per_token, relative_error, write_again
@@ -255,7 +256,7 @@ def _roomy(layout: Layout) -> Layout:
 @contextlib.contextmanager
 def trial_place(config: ExtractConfig) -> Iterator[str]:
     """Somewhere to throw stores away that every worker can see: a temporary folder, for workers elsewhere beside `out`."""
-    if config.ray_address is None:
+    if not runs_elsewhere(config.workers, config.ray_address):
         with tempfile.TemporaryDirectory(prefix="kvpipe-plan-") as folder:
             yield folder
         return
