@@ -5,10 +5,9 @@ One native read per array and call, whatever the number of samples: a busy main 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -40,6 +39,7 @@ from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
 from kvstore.storage import Folder, Storage, locate
+from kvstore.temporary import temporary_folder
 
 
 class Store:
@@ -110,8 +110,9 @@ class Store:
         files = read_beside(self.storage, name, expected)
         if isinstance(self.storage, Folder):
             return self.storage.root / name
-        folder = Path(tempfile.mkdtemp(prefix=f"kvpipe-{name}-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        held = contextlib.ExitStack()
+        folder = held.enter_context(temporary_folder(name))
+        weakref.finalize(self, held.close)
         for file, content in files.items():
             (folder / file).write_bytes(content)
         return folder

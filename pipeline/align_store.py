@@ -8,7 +8,6 @@ on where it was stopped (`kvstore.compose`).
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from kvstore.codec import KINDS, format_codecs, parse_codecs
 from kvstore.commits import Commit, sample_id, token_crc32c
 from kvstore.compose import Member, Origin, Plan, Progress, RewriteSummary, TokenIdentity, cut, make, origins_of, planned
 from kvstore.drop import read_dropped
-from kvstore.manifest import PROJECTION, TOKENIZER, Manifest, plan_groups
+from kvstore.manifest import Manifest, plan_groups
 from kvstore.reader import Store
 from kvstore.records import plain
 from kvstore.spec import format_layers
@@ -40,7 +39,7 @@ from pipeline.align.fit import MAPS, Fit
 from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, align_sample
 from pipeline.align.token_bytes import TokenBytes
 from pipeline.models.fingerprint import tokenizer_fingerprint
-from pipeline.models.load import build_student, load_tokenizer
+from pipeline.models.load import build_student, load_tokenizer, tokenizer_files
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import resolve_model
 
@@ -94,30 +93,23 @@ def align_store(source: str, out: str, settings: AlignSettings, progress: Progre
     origin = {"location": store.location, "fingerprint": store.manifest.fingerprint, "student": settings.student}
     run = {"first_part": 0, "complete": True, "aligned_from": origin}
     dropped = read_dropped(store.storage) if aligner.same_tokens else []
-    with tempfile.TemporaryDirectory(prefix="kvpipe-align-") as folder:
-        tokenizer, projection = Path(folder, TOKENIZER), Path(folder, PROJECTION)
-        if not aligner.same_tokens:
-            aligner.ours.tokenizer.save_pretrained(tokenizer)
-        if aligner.fit is not None:
-            projection.mkdir()
-            aligner.fit.save(projection / MAPS)
-        summary = make(
-            Plan(
-                target=target,
-                stores=[store],
-                origins=origins,
-                manifest=planned(wanted, [store], origins, dropped, run),
-                dropped=dropped,
-                calibrate=lambda told: aligner.calibrate(wanted, origins, told),
-                convert=aligner.convert,
-                gate=None,
-                tokenizer=None if aligner.same_tokens else tokenizer,
-                projection=None if aligner.fit is None else projection,
-                workers=settings.workers,
-            ),
-            f"kvpipe align {source}",
-            progress,
-        )
+    summary = make(
+        Plan(
+            target=target,
+            stores=[store],
+            origins=origins,
+            manifest=planned(wanted, [store], origins, dropped, run),
+            dropped=dropped,
+            calibrate=lambda told: aligner.calibrate(wanted, origins, told),
+            convert=aligner.convert,
+            gate=None,
+            tokenizer=None if aligner.same_tokens else tokenizer_files(aligner.ours.tokenizer),
+            projection=None if aligner.fit is None else {MAPS: aligner.fit.content()},
+            workers=settings.workers,
+        ),
+        f"kvpipe align {source}",
+        progress,
+    )
     return AlignSummary(
         **{field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)},
         baked=aligner.alignment.baked,

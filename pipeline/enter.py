@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import tqdm
@@ -31,6 +29,7 @@ from pipeline.data.windows import Window
 from pipeline.executors import Executor
 from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record
+from pipeline.models.load import tokenizer_files
 from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, RunParts, first_part, run_of, token_arrays
 from pipeline.worker import Job, Moments, TeacherInfo, merge_moments
@@ -108,9 +107,7 @@ def _create(run: Run, signal: Signal, executor: Executor, settings: dict[str, An
         kvpipe_version=importlib.metadata.version("kvpipe"),
     )
     gate = _gate_before(run, signal, executor, calibration)
-    with tempfile.TemporaryDirectory() as folder:
-        run.tokenizer.save_pretrained(folder)
-        create_store(run.storage, manifest, calibration, Path(folder), gate)
+    create_store(run.storage, manifest, calibration, tokenizer_files(run.tokenizer), gate)
 
 
 def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Calibration) -> dict[str, Any] | None:

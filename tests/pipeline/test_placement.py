@@ -55,7 +55,7 @@ def test_what_cannot_be_placed_is_refused(
 
 
 def test_a_refusal_names_the_flag_that_the_command_has() -> None:
-    with pytest.raises(ExecutorError, match="^--ray-workers: got 64, but the cluster has 8 CPUs"):
+    with pytest.raises(ExecutorError, match=r"^--ray-workers: got 64, but the cluster has 8 CPUs"):
         place(LAPTOP, workers=64, gpus_per_worker=0, device="auto", flag="--ray-workers")
 
 
