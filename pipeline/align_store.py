@@ -28,6 +28,7 @@ from kvstore.codec import KINDS, format_codecs, parse_codecs
 from kvstore.commits import Commit, sample_id, token_crc32c
 from kvstore.compose import Member, Origin, Plan, Progress, RewriteSummary, TokenIdentity, cut, make, origins_of, planned
 from kvstore.drop import read_dropped
+from kvstore.fidelity import Trial, refuse_lossy
 from kvstore.manifest import Manifest, plan_groups
 from kvstore.reader import Store
 from kvstore.records import plain
@@ -62,6 +63,8 @@ class AlignSettings:
     """What a student token of another tokenizer takes of the teacher's."""
     workers: int = 1
     """Shards made at a time."""
+    accept_fidelity: bool = False
+    """Store it even where typical tokens do not survive the codec."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,7 @@ def align_store(source: str, out: str, settings: AlignSettings, progress: Progre
     Raises:
         ValueError: no such student, tokenizers that cannot be aligned, or nothing to align.
         KVStoreError: the source is baked, not complete or damaged, or `out` is the source.
+        FidelityError: the codec loses typical tokens; where the first samples show it, nothing was written.
         FingerprintMismatchError: `out` holds another store; nothing was written.
         LeaseHeldError: somebody is writing into `out`.
     """
@@ -136,6 +140,11 @@ def _refuse_source(store: Store, out: str) -> None:
 
 def _tokenizer_folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else resolve_model(name).path
+
+
+def _counted(samples: Sequence[AlignedSample]) -> np.ndarray:
+    """Tokens that get keys and values of their own."""
+    return np.concatenate([sample.spans.kept for sample in samples])
 
 
 class _Aligner:
@@ -300,13 +309,27 @@ class _Aligner:
             indices = [origin.index for origin in run]
             samples = self._samples(indices)
             counted = calibration_mask([len(sample.input_ids) for sample in samples])
-            counted &= np.concatenate([sample.spans.kept for sample in samples])
+            counted &= _counted(samples)
             for layer, *sides in self._layers(indices, samples):
                 for kind, values in zip(KINDS, sides, strict=True):
                     if (layer, kind) in moments:
                         moments[layer, kind].add(values[counted])
             done += sum(origin.num_tokens for origin in run)
-        return fit_groups(wanted.groups, moments)
+        calibration = fit_groups(wanted.groups, moments)
+        if not self._settings.accept_fidelity:
+            self._try(Trial(wanted, calibration), chosen)
+        return calibration
+
+    def _try(self, trial: Trial, origins: Sequence[Origin]) -> None:
+        """Encode what the calibration was fitted on, and refuse a codec that loses it."""
+        for run in cut(origins, lambda origin: origin.num_tokens):
+            indices = [origin.index for origin in run]
+            samples = self._samples(indices)
+            for layer, *sides in self._layers(indices, samples):
+                for kind, values in zip(KINDS, sides, strict=True):
+                    trial.add(layer, kind, values)
+            trial.end(_counted(samples), [(origin.id, origin.num_tokens) for origin in run])
+        trial.refuse_lossy()
 
     def convert(self, writer: ShardWriter, store: Store, members: Sequence[Member], commit: Commit) -> None:
         """Put samples of one shard of the source into a writer."""
@@ -323,7 +346,12 @@ class _Aligner:
             writer.put_tokens(offset, sample.input_ids.astype(np.int32), beside)
         spans = [(offset, origin.num_tokens) for origin, offset in members]
         for layer, key, value in self._layers(indices, samples):
-            writer.put(layer, spans, key, value, commit.fidelity[str(layer)])
+            measured = writer.put(layer, spans, key, value, commit.fidelity[str(layer)])
+            if not self._settings.accept_fidelity:
+                measures = {(layer, kind): of_kind for kind, of_kind in measured.items()}
+                refuse_lossy(
+                    writer.manifest, measures, _counted(samples), [(origin.id, origin.num_tokens) for origin, _ in members]
+                )
 
     def _layers(self, indices: Sequence[int], samples: Sequence[AlignedSample]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Keys and values of each layer for the student's tokens of these samples, concatenated."""

@@ -19,6 +19,7 @@ from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fin
 from kvstore.codec import KINDS, Codec, format_codecs
 from kvstore.create import create_store
 from kvstore.drop import name_dropped
+from kvstore.errors import FidelityError
 from kvstore.gate import read_gate, write_gate
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
 from kvstore.spec import KVSpec
@@ -27,7 +28,7 @@ from pipeline.align import Alignment
 from pipeline.config import ExtractConfig
 from pipeline.data.windows import Window
 from pipeline.executors import Executor
-from pipeline.gate import FidelityError, GateResult, finer_codecs, gate_sequences, verdict
+from pipeline.gate import GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record
 from pipeline.models.load import tokenizer_files
 from pipeline.models.resolve import ResolvedModel

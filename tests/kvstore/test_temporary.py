@@ -14,15 +14,17 @@ from tests.checkpoints import byte_tokenizer
 from tests.stores import random_source, small_spec, write_store
 
 KILLED = """
-import os, signal
+import os, signal, tempfile
 import kvstore.compose
+tempfile.tempdir = os.environ["TMPDIR"]  # where the process was forked from, it was asked for already
 kvstore.compose.create_store = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 from pipeline.cli import main
 main()
 """
 HOLDING = """
-import pathlib, sys, time
+import os, pathlib, sys, tempfile, time
 from kvstore.temporary import temporary_folder
+tempfile.tempdir = os.environ["TMPDIR"]
 with temporary_folder("held") as folder:
     pathlib.Path(folder, "content").write_text("content")
     pathlib.Path(sys.argv[1]).write_text(str(folder))
