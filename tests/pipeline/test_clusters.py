@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -167,31 +169,39 @@ def test_training_on_a_cluster_that_is_not_there_is_one_line_with_advice_that_tr
 
 @pytest.mark.slow
 def test_workers_run_on_the_cluster_that_the_variable_names(teacher: Path, tmp_path: Path) -> None:
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1", "--port=0"]
-    folder = Path("/tmp") / f"kvpipe-test-{os.getpid()}"  # sockets have short names
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-    cluster = subprocess.Popen(
-        [*ray, f"--temp-dir={folder}", "--include-dashboard=false", "--object-store-memory=100000000"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        until = time.monotonic() + 60
-        while not (found := list(folder.glob("session_*/node_ip_address.json"))) and time.monotonic() < until:
-            time.sleep(0.2)
-        assert found
-        time.sleep(5)
-        address = (folder / "ray_current_cluster").read_text().strip()
-        done = processes.kvpipe(
-            *("extract", "--teacher", teacher, "--data", TEXT, "--out", "store", "--limit", "3", "--accept-fidelity"),
-            *("--workers", "1", "--codec", "raw"),
-            cwd=tmp_path,
-            environment={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"},
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"RAY_ADDRESS={address}: joining this cluster" in done.stderr
-    finally:
-        cluster.terminate()
-        cluster.wait(30)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    folder = Path("/tmp") / f"kvpipe-ray-{os.getpid()}"  # names of sockets must be short
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={address.partition(':')[2]}"]
+    command += [f"--temp-dir={folder}", "--num-cpus=1", "--include-dashboard=false", "--object-store-memory=100000000"]
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
+    start = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=start, start_new_session=True, **quiet) as cluster:  # type: ignore[call-overload]
+        try:
+            until = time.monotonic() + 60
+            while not list(folder.glob("session_*/sockets/raylet")) and time.monotonic() < until:
+                time.sleep(0.5)
+            time.sleep(3)  # until the node is known, too
+            arguments = (
+                "--teacher",
+                teacher,
+                "--data",
+                TEXT,
+                "--out",
+                "store",
+                "--limit",
+                "3",
+                "--codec",
+                "raw",
+                "--workers",
+                "1",
+            )
+            done = processes.kvpipe("extract", *arguments, cwd=tmp_path, environment=environment)
+            assert done.returncode == 0, done.stderr
+            assert f"RAY_ADDRESS={address}: joining this cluster" in done.stderr
+        finally:
+            cluster.terminate()
+            cluster.wait(30)
+            shutil.rmtree(folder, ignore_errors=True)

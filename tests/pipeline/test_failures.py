@@ -157,8 +157,9 @@ def test_what_nobody_foresaw_is_one_line_that_names_a_file_with_the_traceback(
 
 
 FAILING = """
-import sys
+import os, tempfile
 import kvstore
+tempfile.tempdir = os.getcwd()
 def fail(*_):
     {statement}
 kvstore.open_store = fail
