@@ -13,7 +13,6 @@ import functools
 import os
 import random
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 from kvstore.errors import KVStoreError, LeaseLostError, StoreFormatError
 from kvstore.storage import Entry, claim_key
+from kvstore.temporary import temporary_folder
 
 TENSORSTORE_DRIVERS = {"s3": "s3", "gs": "gcs"}
 RETRY_S = 60.0
@@ -164,8 +164,8 @@ class Bucket:
 
     @contextlib.contextmanager
     def scratch(self, stem: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix=f"kvpipe-{stem}-") as folder:
-            yield Path(folder)
+        with temporary_folder(stem) as folder:
+            yield folder
 
     def tensorstore_spec(self, key: str) -> dict[str, Any]:
         driver = TENSORSTORE_DRIVERS[self.scheme]

@@ -5,15 +5,12 @@ At most one shard is in memory; what is read is verified as for training. Knows 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from kvstore.arrays import read_calibration
@@ -91,10 +88,10 @@ class Plan:
     calibrate: Callable[[Progress], Calibration]
     convert: Convert
     gate: Mapping[str, Any] | None
-    tokenizer: Path | None = None
-    """Folder with the tokenizer of the new store; None for that of the first source."""
-    projection: Path | None = None
-    """Folder with its fitted maps; None for those of the first source."""
+    tokenizer: Mapping[str, bytes] | None = None
+    """Tokenizer files of the new store by name; None for those of the first source."""
+    projection: Mapping[str, bytes] | None = None
+    """Files of its fitted maps by name; None for those of the first source."""
     workers: int = 1
     """Shards written at a time, each in memory meanwhile."""
 
@@ -207,24 +204,15 @@ def _begin(plan: Plan, progress: Progress) -> tuple[Manifest, Calibration]:
     calibration = plan.calibrate(progress)
     digest = calibration_fingerprint(calibration)
     manifest = dataclasses.replace(plan.manifest, calibration=digest, signal={**plan.manifest.signal, "calibration": digest})
-    with (
-        _folder(plan.tokenizer, plan.stores[0], TOKENIZER) as tokenizer,
-        _folder(plan.projection, plan.stores[0], PROJECTION) as projection,
-    ):
-        return create_store(plan.target, manifest, calibration, tokenizer, plan.gate, projection), calibration
+    tokenizer = _files(plan.tokenizer, plan.stores[0], TOKENIZER)
+    projection = _files(plan.projection, plan.stores[0], PROJECTION)
+    return create_store(plan.target, manifest, calibration, tokenizer, plan.gate, projection), calibration
 
 
-@contextlib.contextmanager
-def _folder(own: Path | None, store: Store, name: str) -> Iterator[Path | None]:
-    """The files of the new store, or a copy of what a source has, each compared with the manifest."""
-    expected = store.manifest.tokenizer if name == TOKENIZER else store.manifest.projection
-    if own is not None or not expected:
-        yield own
-        return
-    with tempfile.TemporaryDirectory(prefix=f"kvpipe-{name}-") as folder:
-        for file, content in read_beside(store.storage, name, expected).items():
-            Path(folder, file).write_bytes(content)
-        yield Path(folder)
+def _files(own: Mapping[str, bytes] | None, store: Store, folder: str) -> Mapping[str, bytes]:
+    """The files of the new store, or what a source has, each compared with the manifest."""
+    expected = store.manifest.tokenizer if folder == TOKENIZER else store.manifest.projection
+    return read_beside(store.storage, folder, expected) if own is None else own
 
 
 def _write_shard(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,17 +71,17 @@ def create_store(
     storage: Storage,
     manifest: Manifest,
     calibration: Calibration,
-    tokenizer: Path | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     gate: Mapping[str, Any] | None = None,
-    projection: Path | None = None,
+    projection: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Lay out an empty store: arrays and tokenizer first, the manifest last, so that a crash leaves no store at all.
 
     Args:
         manifest: fingerprints of what is laid out here are filled in.
-        tokenizer: folder of tokenizer files to keep in the store.
+        tokenizer: tokenizer files to keep in the store, by name.
         gate: result of the gate run that this codec passed.
-        projection: folder of fitted maps to keep in the store.
+        projection: files of fitted maps to keep in the store, by name.
 
     Raises:
         StoreFormatError: there is something that is not the beginning of a store.
@@ -112,14 +111,11 @@ def create_store(
     return manifest
 
 
-def _keep(storage: Storage, name: str, folder: Path | None) -> dict[str, str]:
-    """Put the files of a folder into the store; their sha256 by name."""
-    kept = {}
-    for file in sorted(folder.iterdir()) if folder else ():
-        content = file.read_bytes()
-        kept[file.name] = bytes_sha256(content)
-        storage.write(f"{name}/{file.name}", content, replace=True)
-    return kept
+def _keep(storage: Storage, folder: str, files: Mapping[str, bytes] | None) -> dict[str, str]:
+    """Put files into a folder of the store; their sha256 by name."""
+    for name, content in (files or {}).items():
+        storage.write(f"{folder}/{name}", content, replace=True)
+    return {name: bytes_sha256(content) for name, content in sorted((files or {}).items())}
 
 
 def restore_metadata(storage: Storage, manifest: Manifest) -> tuple[str, ...]:

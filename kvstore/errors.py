@@ -29,6 +29,10 @@ class CodecError(KVStoreError):
     """Values cannot be encoded as asked: not finite, or of a shape the codec cannot hold."""
 
 
+class FidelityError(KVStoreError):
+    """The codec changes what is stored by more than was allowed: take a more faithful one, or accept it."""
+
+
 class LeaseHeldError(KVStoreError):
     """Another process is writing these shards: wait for it, or take others."""
 

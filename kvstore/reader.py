@@ -5,10 +5,9 @@ One native read per array and call, whatever the number of samples: a busy main 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -41,6 +40,7 @@ from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec
 from kvstore.storage import Folder, Storage, locate
+from kvstore.temporary import temporary_folder
 
 _SMALL_BYTES = 2**26
 
@@ -109,8 +109,9 @@ class Store:
         files = read_beside(self.storage, name, expected)
         if isinstance(self.storage, Folder) and {path.name for path in (self.storage.root / name).iterdir()} == files.keys():
             return self.storage.root / name
-        folder = Path(tempfile.mkdtemp(prefix=f"kvpipe-{name}-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        held = contextlib.ExitStack()
+        folder = held.enter_context(temporary_folder(name))
+        weakref.finalize(self, held.close)
         for file, content in files.items():
             (folder / file).write_bytes(content)
         return folder

@@ -6,6 +6,7 @@ The same call again goes on where it was stopped (`compose`). Merging never deco
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ from kvstore.commits import Commit
 from kvstore.compose import Member, Origin, Plan, Progress, RewriteSummary, copy_tokens, cut, make, origins_of, planned
 from kvstore.drop import read_dropped
 from kvstore.errors import CodecError, KVStoreError
+from kvstore.fidelity import Trial, refuse_lossy
 from kvstore.gate import read_gate
 from kvstore.manifest import Manifest, plan_groups, refuse_mismatch
 from kvstore.reader import Store, open_store
@@ -73,15 +75,19 @@ def merge_stores(sources: Sequence[str], out: str, progress: Progress = lambda *
     )
 
 
-def recode_store(source: str, codec_text: str, out: str, progress: Progress = lambda *_: None) -> RewriteSummary:
+def recode_store(
+    source: str, codec_text: str, out: str, progress: Progress = lambda *_: None, *, accept_fidelity: bool = False
+) -> RewriteSummary:
     """Store the same samples in another codec, calibrated on the first samples by id, from what the store decodes to.
 
     The errors of both codecs add up, and the recorded fidelity says so. A layer that stays raw is copied bit for bit.
 
     Args:
         codec_text: as `parse_codecs` reads it.
+        accept_fidelity: store it even where typical tokens are lost.
 
     Raises:
+        FidelityError: they are; where the first samples show it, nothing was written.
         CodecError: no such codec, the one the store has, one its dims cannot hold, or raw for what is no longer exact.
         KVStoreError: `out` is the store itself, or the store is not complete.
         FingerprintMismatchError: `out` holds another store; nothing was written.
@@ -116,8 +122,8 @@ def recode_store(source: str, codec_text: str, out: str, progress: Progress = la
             origins=origins,
             manifest=planned(wanted, [store], origins, dropped, run),
             dropped=dropped,
-            calibrate=lambda told: _calibrate(store, wanted, origins, told),
-            convert=_encode_again,
+            calibrate=lambda told: _calibrate(store, wanted, origins, told, accept_fidelity),
+            convert=functools.partial(_encode_again, accept_fidelity),
             gate=None,
         ),
         f"kvpipe recode {source}",
@@ -167,7 +173,7 @@ def _copy(writer: ShardWriter, store: Store, members: Sequence[Member], commit: 
                 writer.put_codes(layer, kind, spans, batch.codes[group.path, kind][slot], commit.fidelity[str(layer)][kind])
 
 
-def _encode_again(writer: ShardWriter, store: Store, members: Sequence[Member], commit: Commit) -> None:
+def _encode_again(accept_fidelity: bool, writer: ShardWriter, store: Store, members: Sequence[Member], commit: Commit) -> None:
     batch = store.read_codes([origin.index for origin, _ in members])
     spans = copy_tokens(writer, members, batch)
     for layer in store.spec.layer_numbers:
@@ -178,7 +184,14 @@ def _encode_again(writer: ShardWriter, store: Store, members: Sequence[Member], 
                 writer.put_codes(layer, kind, spans, batch.codes[group.path, kind][slot], fidelity[kind])
         else:
             key, value = (_decoded(store, batch, layer, kind) for kind in KINDS)
-            writer.put(layer, spans, key, value, fidelity)
+            measured = writer.put(layer, spans, key, value, fidelity)
+            if not accept_fidelity:
+                refuse_lossy(
+                    writer.manifest,
+                    {(layer, kind): measures for kind, measures in measured.items()},
+                    _counted(batch, writer.manifest),
+                    [(origin.id, origin.num_tokens) for origin, _ in members],
+                )
 
 
 def _decoded(store: Store, batch: CodeBatch, layer: int, kind: Kind) -> np.ndarray:
@@ -187,8 +200,15 @@ def _decoded(store: Store, batch: CodeBatch, layer: int, kind: Kind) -> np.ndarr
     return np.asarray(codecs.decode(group.quantizer(kind), batch.codes[group.path, kind][slot], mean, step))
 
 
-def _calibrate(store: Store, wanted: Manifest, origins: Sequence[Origin], progress: Progress) -> Calibration:
-    """Mean and step of every channel from the first samples by id, as many as an extraction takes."""
+def _counted(batch: CodeBatch, manifest: Manifest) -> np.ndarray:
+    """Tokens that have keys and values to be kept."""
+    return np.asarray(batch.compared if manifest.is_response_only else batch.has_kv)
+
+
+def _calibrate(
+    store: Store, wanted: Manifest, origins: Sequence[Origin], progress: Progress, accept_fidelity: bool
+) -> Calibration:
+    """Mean and step of every channel from the first samples by id, as many as an extraction takes; tried on the same samples."""
     ends = np.cumsum([origin.num_tokens for origin in origins])
     chosen = origins[: int(np.searchsorted(ends, CALIBRATION_TOKENS)) + 1]
     total, done = sum(origin.num_tokens for origin in chosen), 0
@@ -200,11 +220,20 @@ def _calibrate(store: Store, wanted: Manifest, origins: Sequence[Origin], progre
         progress(done, total)
         batch = store.read_codes([origin.index for origin in run])
         counted = calibration_mask([origin.num_tokens for origin in run])
-        counted &= batch.compared if wanted.is_response_only else batch.has_kv
+        counted &= _counted(batch, wanted)
         samples = [(origin.id, origin.num_tokens) for origin in run]
         for layer, kind in moments:
             values = _decoded(store, batch, layer, kind)
             refuse_broken_sample(values, samples, layer, kind, store.location)
             moments[layer, kind].add(values[counted])
         done += sum(origin.num_tokens for origin in run)
-    return fit_groups(wanted.groups, moments)
+    calibration = fit_groups(wanted.groups, moments)
+    if not accept_fidelity:
+        trial = Trial(wanted, calibration)
+        for run in cut(chosen, lambda origin: origin.num_tokens):
+            batch = store.read_codes([origin.index for origin in run])
+            for layer, kind in moments:
+                trial.add(layer, kind, _decoded(store, batch, layer, kind))
+            trial.end(_counted(batch, wanted), [(origin.id, origin.num_tokens) for origin in run])
+        trial.refuse_lossy()
+    return calibration

@@ -91,8 +91,8 @@ class ShardWriter:
         key: Float[np.ndarray, "token kv_head key_dim"],
         value: Float[np.ndarray, "token kv_head value_dim"],
         inherited: Mapping[Kind, Fidelity] | None = None,
-    ) -> None:
-        """Encode one layer's keys and values of some samples, concatenated.
+    ) -> dict[Kind, np.ndarray]:
+        """Encode one layer's keys and values of some samples, concatenated; what that alone did to each token (`Encoded`).
 
         Args:
             spans: token offset inside the shard and length of each sample, in the order of the token axis.
@@ -104,17 +104,20 @@ class ShardWriter:
         """
         placed = end_to_end(spans)
         group, slot = self.manifest.group_of(layer)
+        measured: dict[Kind, np.ndarray] = {}
         for kind, values in zip(KINDS, (key, value), strict=True):
             mean, step = channels_of(self._calibration, group, kind, slot)
             encoded = codecs.encode_measured(group.quantizer(kind), values, mean, step)
             if not np.isfinite(encoded.measures[0]).all():
                 self._refuse(layer, kind, placed, values)
+            measured[kind] = encoded.measures.copy()
             if inherited is not None:
                 measures = encoded.measures.astype(np.float64)
                 measures[1] += inherited[kind]["centred_error"] ** 2 * measures[0]
                 measures[2] += inherited[kind]["max_abs_error"]
                 encoded = Encoded(encoded.codes, measures)
             self.put_encoded(layer, kind, placed, encoded)
+        return measured
 
     def put_encoded(self, layer: int, kind: Kind, placed: Sequence[Placed], encoded: Encoded) -> None:
         """Take one layer's keys or values as `codec.encode_measured` left them; the same again changes nothing.

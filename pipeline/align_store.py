@@ -8,7 +8,6 @@ on where it was stopped (`kvstore.compose`).
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from kvstore.codec import KINDS, format_codecs, parse_codecs
 from kvstore.commits import Commit, sample_id, token_crc32c
 from kvstore.compose import Member, Origin, Plan, Progress, RewriteSummary, TokenIdentity, cut, make, origins_of, planned
 from kvstore.drop import read_dropped
-from kvstore.manifest import PROJECTION, TOKENIZER, Manifest, plan_groups
+from kvstore.fidelity import Trial, refuse_lossy
+from kvstore.manifest import Manifest, plan_groups
 from kvstore.reader import Store
 from kvstore.records import plain
 from kvstore.spec import format_layers
@@ -42,7 +42,7 @@ from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.align.spans import AlignedSample, TextChangedError, TimeMode, align_sample
 from pipeline.align.token_bytes import TokenBytes
 from pipeline.models.fingerprint import tokenizer_fingerprint
-from pipeline.models.load import build_student, load_tokenizer
+from pipeline.models.load import build_student, load_tokenizer, tokenizer_files
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import resolve_model
 
@@ -65,6 +65,8 @@ class AlignSettings:
     """What a student token of another tokenizer takes of the teacher's."""
     workers: int = 1
     """Shards made at a time."""
+    accept_fidelity: bool = False
+    """Store it even where typical tokens do not survive the codec."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,7 @@ def align_store(source: str, out: str, settings: AlignSettings, progress: Progre
     Raises:
         ValueError: no such student, tokenizers that cannot be aligned, or nothing to align.
         KVStoreError: the source is baked, not complete or damaged, or `out` is the source.
+        FidelityError: the codec loses typical tokens; where the first samples show it, nothing was written.
         FingerprintMismatchError: `out` holds another store; nothing was written.
         LeaseHeldError: somebody is writing into `out`.
     """
@@ -96,30 +99,23 @@ def align_store(source: str, out: str, settings: AlignSettings, progress: Progre
     origin = {"location": store.location, "fingerprint": store.manifest.fingerprint, "student": settings.student}
     run = {"first_part": 0, "complete": True, "aligned_from": origin}
     dropped = read_dropped(store.storage) if aligner.same_tokens else []
-    with tempfile.TemporaryDirectory(prefix="kvpipe-align-") as folder:
-        tokenizer, projection = Path(folder, TOKENIZER), Path(folder, PROJECTION)
-        if not aligner.same_tokens:
-            aligner.ours.tokenizer.save_pretrained(tokenizer)
-        if aligner.fit is not None:
-            projection.mkdir()
-            aligner.fit.save(projection / MAPS)
-        summary = make(
-            Plan(
-                target=target,
-                stores=[store],
-                origins=origins,
-                manifest=planned(wanted, [store], origins, dropped, run),
-                dropped=dropped,
-                calibrate=lambda told: aligner.calibrate(wanted, origins, told),
-                convert=aligner.convert,
-                gate=None,
-                tokenizer=None if aligner.same_tokens else tokenizer,
-                projection=None if aligner.fit is None else projection,
-                workers=settings.workers,
-            ),
-            f"kvpipe align {source}",
-            progress,
-        )
+    summary = make(
+        Plan(
+            target=target,
+            stores=[store],
+            origins=origins,
+            manifest=planned(wanted, [store], origins, dropped, run),
+            dropped=dropped,
+            calibrate=lambda told: aligner.calibrate(wanted, origins, told),
+            convert=aligner.convert,
+            gate=None,
+            tokenizer=None if aligner.same_tokens else tokenizer_files(aligner.ours.tokenizer),
+            projection=None if aligner.fit is None else {MAPS: aligner.fit.content()},
+            workers=settings.workers,
+        ),
+        f"kvpipe align {source}",
+        progress,
+    )
     return AlignSummary(
         **{field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)},
         baked=aligner.alignment.baked,
@@ -146,6 +142,11 @@ def _refuse_source(store: Store, out: str) -> None:
 
 def _tokenizer_folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else resolve_model(name).path
+
+
+def _counted(samples: Sequence[AlignedSample]) -> np.ndarray:
+    """Tokens that get keys and values of their own."""
+    return np.concatenate([sample.spans.kept for sample in samples])
 
 
 class _Aligner:
@@ -313,7 +314,7 @@ class _Aligner:
             indices = [origin.index for origin in run]
             samples = self._samples(indices)
             counted = calibration_mask([len(sample.input_ids) for sample in samples])
-            counted &= np.concatenate([sample.spans.kept for sample in samples])
+            counted &= _counted(samples)
             named = [
                 (self._store.samples.ids[index], len(sample.input_ids)) for index, sample in zip(indices, samples, strict=True)
             ]
@@ -323,7 +324,21 @@ class _Aligner:
                         refuse_broken_sample(values, named, layer, kind, self._store.location)
                         moments[layer, kind].add(values[counted])
             done += sum(origin.num_tokens for origin in run)
-        return fit_groups(wanted.groups, moments)
+        calibration = fit_groups(wanted.groups, moments)
+        if not self._settings.accept_fidelity:
+            self._try(Trial(wanted, calibration), chosen)
+        return calibration
+
+    def _try(self, trial: Trial, origins: Sequence[Origin]) -> None:
+        """Encode what the calibration was fitted on, and refuse a codec that loses it."""
+        for run in cut(origins, lambda origin: origin.num_tokens):
+            indices = [origin.index for origin in run]
+            samples = self._samples(indices)
+            for layer, *sides in self._layers(indices, samples):
+                for kind, values in zip(KINDS, sides, strict=True):
+                    trial.add(layer, kind, values)
+            trial.end(_counted(samples), [(origin.id, origin.num_tokens) for origin in run])
+        trial.refuse_lossy()
 
     def convert(self, writer: ShardWriter, store: Store, members: Sequence[Member], commit: Commit) -> None:
         """Put samples of one shard of the source into a writer."""
@@ -340,7 +355,12 @@ class _Aligner:
             writer.put_tokens(offset, sample.input_ids.astype(np.int32), beside)
         spans = [(offset, origin.num_tokens) for origin, offset in members]
         for layer, key, value in self._layers(indices, samples):
-            writer.put(layer, spans, key, value, commit.fidelity[str(layer)])
+            measured = writer.put(layer, spans, key, value, commit.fidelity[str(layer)])
+            if not self._settings.accept_fidelity:
+                measures = {(layer, kind): of_kind for kind, of_kind in measured.items()}
+                refuse_lossy(
+                    writer.manifest, measures, _counted(samples), [(origin.id, origin.num_tokens) for origin, _ in members]
+                )
 
     def _layers(self, indices: Sequence[int], samples: Sequence[AlignedSample]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Keys and values of each layer for the student's tokens of these samples, concatenated."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from kvstore.manifest import Group, Manifest
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage
 from pipeline.data.windows import Window
+from pipeline.models.load import tokenizer_files
 from pipeline.tasks import Task
 
 _CHUNK_EXTRA = 128
@@ -120,9 +119,7 @@ def refuse_small_budget(max_bytes: int | None, tokenizer: Any, stored: KVSpec) -
     """
     if max_bytes is None:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        kept = sum(path.stat().st_size for path in Path(folder).iterdir())
+    kept = sum(map(len, tokenizer_files(tokenizer).values()))
     calibration = 2 * 4 * stored.values_per_token  # mean and step of every channel, float32
     needed = kept + calibration + _START_BYTES + END_BYTES
     if needed > max_bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -18,7 +19,8 @@ from typing import Any
 import click
 
 from pipeline import doctor_commands, extract_commands, fit_commands, store_commands, train_commands
-from pipeline.terminal import described, growth_lines, report_lines, say
+from pipeline.failures import in_words
+from pipeline.terminal import console, growth_lines, in_line, prepare_streams, report_lines, report_threads, say
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -77,6 +79,7 @@ def verify(store: str, deep: bool, as_json: bool) -> None:
 @click.option("--data", multiple=True, help="Where the data is now; needed only where a commit record is lost.")
 @click.option("--device", help="cpu, cuda, cuda:1 ... or auto [auto].")
 @click.option("--workers", type=int, help="Ray workers, one teacher each; 0 runs in this process [0].")
+@click.option("--batch-tokens", type=int, help="Padded tokens of one forward pass [as the store was made].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def repair(store: str, deep: bool, as_json: bool, **settings: Any) -> None:
     """Make damaged or missing shards of a store again, and only those; remove what killed writers left behind.
@@ -135,14 +138,14 @@ for _command in (
 
 
 def _print_description(record: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from kvstore.spec import format_layers
 
-    console = Console()
+    screen = console()
     state = "complete" if record["complete"] else "NOT COMPLETE: run the same extract command again"
-    console.print(f"[bold]{record['path']}[/]  {state}", highlight=False)
+    screen.print(Text.assemble((in_line(record["path"]), "bold"), f"  {state}"))
     size = record["stored_bytes"]
     unrotated = format_layers(record["unrotated_layers"]) if record["unrotated_layers"] else ""
     lines = {
@@ -163,11 +166,11 @@ def _print_description(record: dict[str, Any]) -> None:
         "created": f"{record['created']} by kvpipe {record['kvpipe_version']}",
     }
     for name, text in lines.items():
-        console.print(f"  {name:11} {text}", highlight=False)
+        screen.print(f"  {name:11} {in_line(text)}")
     table = Table("array group", "layers", "kv heads", "key dim", "value dim", "codec")
     for group in record["groups"]:
         table.add_row(*(str(value) for value in group.values()))
-    console.print(table)
+    screen.print(table)
     if record["fidelity"]:
         fidelity = Table("layer", "key error", "key clipped", "key bits", "value error", "value clipped", "value bits")
         for layer, kinds in record["fidelity"].items():
@@ -181,8 +184,8 @@ def _print_description(record: dict[str, Any]) -> None:
                 )
             ]
             fidelity.add_row(layer, *cells)
-        console.print(fidelity)
-        console.print("  error: root mean square, relative to the values without their mean; measured on the data written")
+        screen.print(fidelity)
+        screen.print("  error: root mean square, relative to the values without their mean; measured on the data written")
 
 
 def _alignment_line(alignment: dict[str, Any] | None) -> str:
@@ -194,31 +197,40 @@ def _alignment_line(alignment: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Entry point of `kvpipe`: quiet where whoever reads our output has had enough, as `head` has."""
+    prepare_streams()
+    report_threads(in_words)
+    status = _run()
     try:
-        try:
-            _run()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
+        sys.stdout.flush()
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at exit, and tells
-        sys.exit(1)
+        if status == 0 and not isinstance(error, BrokenPipeError):
+            say(f"error: the result cannot be printed: {error}")
+        status = status or 1
+    sys.exit(status)
 
 
-def _run() -> None:
-    """Run the command; expected errors become one readable message."""
+def _run() -> int:
+    """Run the command; whatever ends it becomes a readable message. The exit status."""
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+    except (click.exceptions.Exit, SystemExit) as error:
+        code = error.exit_code if isinstance(error, click.exceptions.Exit) else error.code
+        return code if isinstance(code, int) else 0 if code is None else 1
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        heard = io.StringIO()
+        error.show(heard)
+        say(heard.getvalue().rstrip())
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         say("interrupted; what is committed or saved is kept, and the same command goes on from there (train with --resume)")
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        say(f"error: {described(error)}")
-        sys.exit(1)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except BaseException as error:  # panics of Rust libraries, too
+        say(in_words(error))
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -238,10 +238,11 @@ def _show_with_plain_zarr(arrays: Path) -> None:
 
 
 def _print_table(record: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from pipeline.terminal import console
+
+    screen = console()
     table = Table("student", "held-out nats/byte", "tokens", "seconds", "peak memory", "store bytes/token")
     for label, result in record["students"].items():
         table.add_row(
@@ -252,9 +253,9 @@ def _print_table(record: dict[str, Any], out: Path) -> None:
             f"{result['peak_rss_bytes'] / 2**20:,.0f} MiB",
             "none read" if label == "CE only" else f"{record['store_bytes_per_token']:.0f}",
         )
-    console.print(table)
+    screen.print(table)
     plain, with_kv = (record["students"][label]["eval_nats_per_byte"] for label in _ARMS)
-    console.print(
+    screen.print(
         f"With the teacher's KV the student ends {abs(plain - with_kv):.3f} nats per byte {'lower' if with_kv < plain else 'higher'} "
         "after equal steps. "
         f"Curves: {out / _PLOT}. Whole demo: {record['seconds']:.0f} s.",

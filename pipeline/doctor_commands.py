@@ -50,16 +50,16 @@ def doctor(teacher: str, student: str, store: str | None, layer_map: str, text: 
 
 
 def _print(found: Checkup) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from pipeline.terminal import aligned
+    from pipeline.terminal import aligned, console, shown
 
-    console = Console()
+    screen = console()
     facts = Table("", "teacher", "student")
     for field, sides in found.facts.items():
         facts.add_row(field, *("-" if side is None else f"{side:,}" if isinstance(side, int) else str(side) for side in sides))
-    console.print(facts)
+    screen.print(facts)
     pairs = ", ".join(f"{student}<-{teacher}" for student, teacher in found.layer_map)
     lines = [(name, f"[{', '.join(map(str, shape))}]") for name, shape in found.shapes.items()]
     lines += [("layers", f"student<-teacher {pairs}"), ("compared in", found.compared), ("time", found.index)]
@@ -69,8 +69,8 @@ def _print(found: Checkup) -> None:
         lines.append(
             (name, f"{size:,.0f} bytes per token in mix: {size / 1e3:,.3g} GB a million tokens, {size / 1e3:,.3g} TB a billion")
         )
-    console.print(aligned(lines))
+    screen.print(aligned(lines))
     for finding in found.findings:
         color, mark = ("red", "FAILS") if finding.fatal else ("yellow", "note ")
-        console.print(f"[{color}]{mark}[/] {finding.what}\n      -> {finding.fix}", highlight=False, soft_wrap=True)
-    console.print("training would FAIL" if not found.ok else "nothing in the way of training", style="bold")
+        screen.print(Text.assemble((mark, color), shown(f" {finding.what}\n      -> {finding.fix}")), soft_wrap=True)
+    screen.print("training would FAIL" if not found.ok else "nothing in the way of training", style="bold")

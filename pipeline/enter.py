@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from kvstore.calibration import CALIBRATION_TOKENS, Calibration, calibration_fin
 from kvstore.codec import KINDS, Codec, format_codecs
 from kvstore.create import create_store
 from kvstore.drop import name_dropped
+from kvstore.errors import FidelityError
 from kvstore.gate import read_gate, write_gate
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
 from kvstore.spec import KVSpec
@@ -32,8 +31,9 @@ from pipeline.data.notes import Notes
 from pipeline.data.samples import Sample
 from pipeline.data.windows import Window
 from pipeline.executors import Executor
-from pipeline.gate import BadSequenceError, FidelityError, GateResult, finer_codecs, gate_sequences, verdict
+from pipeline.gate import BadSequenceError, GateResult, finer_codecs, gate_sequences, verdict
 from pipeline.identity import run_record
+from pipeline.models.load import tokenizer_files
 from pipeline.models.resolve import ResolvedModel
 from pipeline.parts import Part, RunParts, first_part, run_of, token_arrays
 from pipeline.quarantine import BadSampleError
@@ -114,9 +114,7 @@ def _create(run: Run, signal: Signal, executor: Executor, settings: dict[str, An
         kvpipe_version=importlib.metadata.version("kvpipe"),
     )
     gate = _gate_before(run, signal, executor, calibration)
-    with tempfile.TemporaryDirectory() as folder:
-        run.tokenizer.save_pretrained(folder)
-        create_store(run.storage, manifest, calibration, Path(folder), gate)
+    create_store(run.storage, manifest, calibration, tokenizer_files(run.tokenizer), gate)
 
 
 def _gate_before(run: Run, signal: Signal, executor: Executor, calibration: Calibration) -> dict[str, Any] | None:

@@ -44,13 +44,9 @@ def extract(config: Path | None, settings: tuple[str, ...], as_json: bool, list_
     try:
         with stop_on_signals(chosen.grace_s, say) as stop:
             resolved = resolve_model(chosen.teacher, chosen.revision)
-            from pipeline.executors import ExecutorError
             from pipeline.extract import extract as run_extract
 
-            try:
-                summary = run_extract(chosen, resolved, say, stop)
-            except ExecutorError as error:
-                raise click.ClickException(str(error)) from error
+            summary = run_extract(chosen, resolved, say, stop)
     except Interrupted as error:
         say(f"{error}. The same command goes on from there")
         sys.stdout.flush()
@@ -97,14 +93,10 @@ def plan(
     kvpipe plan --teacher qwen2-7b --layers 6,13,20,27 --codec q4z --json
     """
     chosen = extract_config(config, settings, flags)
-    from pipeline.executors import ExecutorError
     from pipeline.planning.planner import plan_extraction
     from pipeline.planning.view import show_estimate
 
-    try:
-        estimate = plan_extraction(chosen, say, trial_s=trial_s, student_tokens_per_s=student_tokens_per_s)
-    except ExecutorError as error:
-        raise click.ClickException(str(error)) from error
+    estimate = plan_extraction(chosen, say, trial_s=trial_s, student_tokens_per_s=student_tokens_per_s)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(estimate)))
     else:

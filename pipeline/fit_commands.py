@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.terminal import print_record, progress_bar, say
+from pipeline.terminal import console, print_record, progress_bar, say
 
 if TYPE_CHECKING:
     from pipeline.align.fit import Fit
@@ -119,7 +119,6 @@ def _print_fit(made: Fit, out: Path, as_json: bool) -> None:
     if as_json:
         print_record({**record, "retained": rows}, as_json)
         return
-    from rich.console import Console
     from rich.table import Table
 
     names = ("teacher layer", "keys", "values", "keys, held out", "values, held out", "attention, held out")
@@ -128,5 +127,5 @@ def _print_fit(made: Fit, out: Path, as_json: bool) -> None:
         table.add_row(
             *("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values())
         )
-    Console().print(table)
+    console().print(table)
     print_record(record, as_json)

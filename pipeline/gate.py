@@ -36,10 +36,6 @@ Fit = tuple[Channel, Channel] | tuple[None, None]
 """Mean and step of one layer's keys or values; None for raw."""
 
 
-class FidelityError(ValueError):
-    """The codec changes the teacher's predictions by more than was allowed: take a more faithful one, or accept it."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GateResult:
     """How much a codec changes what the teacher predicts."""

@@ -12,6 +12,7 @@ from kvstore.errors import StoreWriteError
 from kvstore.manifest import MANIFEST
 from kvstore.storage import Folder, Storage
 from pipeline.config import ExtractConfig
+from pipeline.executors.address import runs_elsewhere
 
 
 def refuse_out(storage: Storage) -> None:
@@ -44,7 +45,7 @@ def refuse_device(config: ExtractConfig) -> None:
     Raises:
         ValueError: torch does not see it.
     """
-    if not config.device.startswith("cuda") or config.ray_address:
+    if not config.device.startswith("cuda") or runs_elsewhere(config.workers, config.ray_address):
         return
     number = config.device.partition(":")[2]
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0

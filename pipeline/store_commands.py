@@ -9,9 +9,12 @@ from typing import Any
 
 import click
 
-from pipeline.terminal import print_record, progress_bar, say
+from pipeline.terminal import console, print_record, progress_bar, say
 
 _out = click.option("--out", required=True, help="Folder of the new store, or s3://bucket/prefix; run again to resume.")
+_accept = click.option(
+    "--accept-fidelity", is_flag=True, help="Store it even if the codec loses most of a layer's typical token."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -44,14 +47,16 @@ def merge(stores: tuple[str, ...], out: str, as_json: bool) -> None:
 @click.command()
 @click.argument("store")
 @click.option("--codec", required=True, help="raw, q8, q8z, mix, q4z, q4z-min, fp8; by layer: 'mix,0=raw,24-27=q8'.")
+@_accept
 @_out
 @_json
-def recode(store: str, codec: str, out: str, as_json: bool) -> None:
+def recode(store: str, codec: str, accept_fidelity: bool, out: str, as_json: bool) -> None:
     """Store the same samples in another codec, without the teacher.
 
     Calibrated anew on what the store decodes to. The errors of both codecs add up, and 'kvpipe inspect' shows the sum: from raw
     the result is as good as an extraction in that codec, from mix to q4z it is a little worse. A store that was rounded cannot
-    become raw. The source stays as it is.
+    become raw. A codec that would lose a layer's typical token, as it does beside enormous values, is refused. The source stays as it
+    is.
 
     \b
     kvpipe recode my-store --codec q4z --out my-store-q4z
@@ -59,7 +64,7 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
     from kvstore.rewrite import recode_store
 
     with progress_bar("recode", "tok") as progress:
-        summary = recode_store(store, codec, out, progress)
+        summary = recode_store(store, codec, out, progress, accept_fidelity=accept_fidelity)
     print_record(dataclasses.asdict(summary), as_json)
 
 
@@ -87,6 +92,7 @@ def recode(store: str, codec: str, out: str, as_json: bool) -> None:
     "the same share of each text between special tokens, whatever is written there, interpolated or nearest (for comparison).",
 )
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Shards made at a time.")
+@_accept
 @_out
 @_json
 def align(store: str, out: str, as_json: bool, **chosen: Any) -> None:
@@ -132,7 +138,6 @@ def match_layers(store: str, student: str, tokens: int, as_json: bool) -> None:
     if as_json:
         print_record(dataclasses.asdict(found), as_json)
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("student layer", "teacher layer", "CKA", "last_aligned's CKA")
@@ -141,9 +146,9 @@ def match_layers(store: str, student: str, tokens: int, as_json: bool) -> None:
         usual = max(0, len(found.teacher_layers) - len(found.student_layers) + row)
         cka = found.cka[row]
         table.add_row(str(layer), str(teacher), f"{cka[found.teacher_layers.index(teacher)]:.3f}", f"{cka[usual]:.3f}")
-    console = Console()
-    console.print(table)
-    console.print(f"--layer-map {found.layer_map}", soft_wrap=True, highlight=False)
+    screen = console()
+    screen.print(table)
+    screen.print(f"--layer-map {found.layer_map}", soft_wrap=True)
 
 
 @click.command()

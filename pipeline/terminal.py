@@ -1,43 +1,76 @@
-"""What commands print: records as lines or JSON on stdout, messages and progress bars on stderr."""
+"""What commands print: records as lines or JSON on stdout, messages and progress bars on stderr.
+
+Texts come from stores, data, models and clusters that anybody may have made, so everything goes through `shown` or `in_line`, or to
+the `console`: no text of theirs can move the cursor, set a title, hide a link or be taken for markup.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import io
 import json
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.text import Text
 
     from kvstore.verify import Report
 
 
+def shown(text: str) -> str:
+    """A text as a terminal may have it: what does not print, such as controls and marks of direction, is written out; lines stay."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def in_line(text: object) -> str:
+    """The same in one line."""
+    return shown(str(text)).replace("\n", "\\n")
+
+
 def say(text: str) -> None:
     """Tell the person at the terminal, without spoiling a result on stdout."""
-    click.echo(text, err=True)
+    click.echo(shown(text), err=True)
 
 
-_NEXT_STEPS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free room there, or choose another place"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "mend its permissions, or choose another place"),
-    errno.EROFS: "mount it for writing, or choose another place",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another place",
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
-}
-"""What ends an error of the operating system, whichever file it meets."""
+def console() -> Console:
+    """Where tables and colours are printed: strings are shown as they are, only `Text` and styles of ours have any effect."""
+    import rich.console
+
+    class Plain(rich.console.Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(shown(text), **how)
+
+    return Plain(markup=False, highlight=False, emoji=False)
 
 
-def described(error: Exception) -> str:
-    """An error as one message that ends with the next step; those of the operating system say only what is wrong."""
-    step = _NEXT_STEPS.get(error.errno or 0) if isinstance(error, OSError) else None
-    if step is None or not isinstance(error, OSError):
-        return str(error)
-    where = "" if error.filename is None else f"{error.filename}: "
-    return f"{where}{error.strerror}; {step}, and run the same command again: what is committed or saved is kept"
+def prepare_streams() -> None:
+    """Have every character printed somehow whatever the terminal's encoding, and what is closed swallow what it is given."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # for as long as we run
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def report_threads(in_words: Callable[[BaseException], str]) -> None:
+    """Have what ends a thread of ours said in a line, too."""
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            say(in_words(args.exc_value))
+
+    threading.excepthook = hook
 
 
 def print_record(record: dict[str, Any], as_json: bool) -> None:
@@ -47,8 +80,8 @@ def print_record(record: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, record))
     for name, value in record.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        click.echo(f"{name:{width}}  {shown}")
+        text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else in_line(value)
+        click.echo(f"{name:{width}}  {text}")
 
 
 @contextlib.contextmanager
@@ -95,7 +128,7 @@ def growth_lines(record: dict[str, Any]) -> dict[str, str]:
             f"KL {result['kl']:.2g} nats per token, perplexity {100 * result['perplexity_change']:+.2f} %, top-1 agreement "
             f"{result['top1_agreement']:.3f}: {'passed' if result['passed'] else 'NOT passed'} (limit {result['limit']:g})"
         )
-    return lines
+    return {name: in_line(text) for name, text in lines.items()}
 
 
 def report_lines(report: Report) -> list[str]:
@@ -118,7 +151,7 @@ def report_lines(report: Report) -> list[str]:
     if report.orphans:
         size = f"{len(report.orphans)} leftover files of killed writers, such as {report.orphans[0]}"
         lines.append(f"  {size}; harmless, 'kvpipe repair' removes them")
-    return lines
+    return [in_line(line) for line in lines]
 
 
 def aligned(lines: Iterable[tuple[str, str]]) -> RenderableType:
@@ -129,5 +162,5 @@ def aligned(lines: Iterable[tuple[str, str]]) -> RenderableType:
     table = Table.grid(padding=(0, 0, 0, 2))
     table.add_column(no_wrap=True)
     for name, text in lines:
-        table.add_row(Text(name), Text(text))
+        table.add_row(Text(in_line(name)), Text(shown(text)))
     return table

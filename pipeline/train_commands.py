@@ -91,6 +91,7 @@ def _train_on_ray(config: TrainConfig, workers: int, address: str | None) -> Tra
             device=config.device,
             shared=config.out.parent,
             name=f".{config.out.name}-ray",
+            say=say,
         )
     summary = folder.summary()
     assert summary is not None, "rank 0 has finished"

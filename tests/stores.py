@@ -123,7 +123,8 @@ def begin_store(
         created="2026-01-01T00:00:00+00:00",
         kvpipe_version="0.1.0",
     )
-    manifest = create_store(locate(root), manifest, calibration, tokenizer)
+    files = {file.name: file.read_bytes() for file in tokenizer.iterdir()} if tokenizer else None
+    manifest = create_store(locate(root), manifest, calibration, files)
     return manifest, calibration, tasks
 
 

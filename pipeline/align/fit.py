@@ -54,13 +54,16 @@ class Fit:
             digest.update(np.ascontiguousarray(array.numpy(), dtype="<f4").tobytes())
         return digest.hexdigest()
 
+    def content(self) -> bytes:
+        """The safetensors file that `load` reads."""
+        return save(self._arrays(), {"fit_id": self.fit_id, "record": canonical_json(self._record())})
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, beside and renamed: whole or not at all."""
         path = Path(path)
-        metadata = {"fit_id": self.fit_id, "record": canonical_json(self._record())}
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            beside.write_bytes(save(self._arrays(), metadata))
+            beside.write_bytes(self.content())
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ Handle = Any
 Loss = Literal["crash", "memory", "node"]
 
 
-class ExecutorError(RuntimeError):
+class ExecutorError(ValueError):
     """Workers cannot be started, or keep being lost: the message says which task and what to look at."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,47 +13,61 @@ from typing import Any
 
 import psutil
 
-from pipeline.executors.base import ExecutorError
+from pipeline.executors.address import Address, choose, refuse_unreachable
+from pipeline.executors.base import ExecutorError, Say
 from pipeline.executors.placement import Node
+from pipeline.failures import one_line
 
 # Ray's minimum is about 75 MiB; no tensor ever passes through it.
 _OBJECT_STORE_BYTES = 100 * 2**20
-_CONNECT_S = 10.0
+_OURS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Set where the person at the terminal did not."""
+_ALONE = "--workers 0 runs without Ray"
 
 
 class Cluster:
     """A Ray this process is connected to: one that was running, or one it started and ends."""
 
-    def __init__(self, workers: int, address: str | None) -> None:
+    def __init__(self, workers: int, address: str | None, *, alone: str = _ALONE, say: Say = lambda _: None) -> None:
         """
         Args:
             workers: a Ray started here counts at least as many CPUs.
-            address: a running cluster such as 'auto' or 'host:6379'; None starts one here, unless there is a connection already.
+            address: a running cluster such as 'auto' or 'host:6379'; None takes the one RAY_ADDRESS names, else starts one here,
+                unless there is a connection already.
+            alone: how the command does without Ray, for messages.
 
         Raises:
             ExecutorError: it cannot be started or reached.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
+        chosen = choose(address, os.environ)
+        with _explained(chosen, alone), _signals_kept():
+            for name, value in _OURS.items():
+                os.environ.setdefault(name, value)
+            import ray
 
-        self.ray: Any = ray
-        self._connected_here = not ray.is_initialized()
-        self._processes: list[psutil.Process] = []
-        if not self._connected_here:
-            return
+            self.ray: Any = ray
+            self._processes: list[psutil.Process] = []
+            self._connected_here = not ray.is_initialized()
+            if self._connected_here:
+                if chosen.notice:
+                    say(chosen.notice)
+                self._connect(chosen, workers)
+
+    def _connect(self, chosen: Address, workers: int) -> None:
+        refuse_unreachable(chosen, uses_tls=os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"))
         before = set(psutil.Process().children())
-        with _explained(ray, address), _signals_kept():
-            if address:
-                _refuse_unreachable(address)
-                ray.init(address=address, log_to_driver=False, logging_level="error")
-            else:
-                ray.init(
+        if chosen.where is not None:
+            self.ray.init(address=chosen.where, log_to_driver=False, logging_level="critical")
+        else:
+            _refuse_temporary_folder()
+            with _on_this_machine_only():
+                self.ray.init(
+                    address="local",  # without it Ray joins whatever it finds running here
                     num_cpus=max(workers, available_cpus()),
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     log_to_driver=False,
-                    logging_level="error",
+                    logging_level="critical",  # of what ends it we hear, and say it in a line
                 )
         self._processes = [process for process in psutil.Process().children() if process not in before]
 
@@ -129,48 +142,59 @@ def _end_together(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def _refuse_unreachable(address: str) -> None:
-    """Ray would try for minutes."""
-    if "://" in address:
-        raise ExecutorError(
-            f"--ray-address: got {address}, expected 'auto' or host:port of a cluster this machine belongs to. Start the command on "
-            "one of its nodes: with 'ray job submit', or in a shell there"
-        )
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
-        return
+@contextlib.contextmanager
+def _on_this_machine_only() -> Iterator[None]:
+    """Have Ray bind its ports to 127.0.0.1, because who reaches them can run code here.
+
+    Ray has no argument for that; it does so where it takes clusters for impossible, as it does on macOS and Windows.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except OSError as error:
-        raise ExecutorError(
-            f"--ray-address: nothing answers at {address} ({error}); start Ray there with 'ray start --head', or see which address it "
-            "printed"
-        ) from error
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _refuse_temporary_folder() -> None:
+    """Ray would wait for half a minute for processes that look for its folder elsewhere."""
+    folder = os.environ.get("RAY_TMPDIR")
+    if folder and not Path(folder).is_absolute():
+        raise ExecutorError(f"RAY_TMPDIR: got {folder}, expected an absolute path, such as /tmp")
 
 
 @contextlib.contextmanager
-def _explained(ray: Any, address: str | None) -> Iterator[None]:
+def _explained(address: Address, alone: str) -> Iterator[None]:
     """What Ray says when it cannot start, and what to do about it."""
-    what = f"Ray at {address} cannot be joined" if address else "Ray did not start here"
+    what = f"{address.named_by}: Ray at {address.where} cannot be joined" if address.where else "Ray did not start here"
+    names = [name for name in sorted(os.environ) if name.startswith("RAY_") and name not in _OURS]
+    variables = f". Of Ray's variables {', '.join(names)} are set: one may be wrong" if names else ""
     try:
         yield
-    except ray.exceptions.AuthenticationError as error:
-        raise ExecutorError(
-            f"{what}: {_first_sentence(error)}. Every node of a cluster needs the token of its head node: set RAY_AUTH_TOKEN, or "
-            "RAY_AUTH_TOKEN_PATH to a file with it, or RAY_AUTH_MODE=disabled everywhere on a network you trust"
-        ) from error
+    except ExecutorError:
+        raise
     except OSError as error:
-        raise ExecutorError(f"{what}: {error}. {_advice(error, address)}; --workers 0 runs without Ray") from error
-    except (RuntimeError, ValueError) as error:
-        raise ExecutorError(f"{what} ({type(error).__name__}: {error}); --workers 0 runs without Ray") from error
+        raise ExecutorError(f"{what}: {str(error).rstrip('.')}. {_advice(error, address)}; {alone}") from error
+    except Exception as error:  # hooks, plugins and Ray itself raise anything
+        if type(error).__name__ == "AuthenticationError":  # Ray's, which may be what could not be imported
+            raise ExecutorError(
+                f"{what}: {_first_sentence(error)}. Every node of a cluster needs the token of its head node: set RAY_AUTH_TOKEN, or "
+                "RAY_AUTH_TOKEN_PATH to a file with it, or RAY_AUTH_MODE=disabled everywhere on a network you trust"
+            ) from error
+        raise ExecutorError(f"{what} ({one_line(error).rstrip('.')}){variables}; {alone}") from error
 
 
-def _advice(error: OSError, address: str | None) -> str:
+def _advice(error: OSError, address: Address) -> str:
     text = str(error)
     if "AF_UNIX path length" in text:
         return "Ray's sockets lie in its temporary folder, whose name is too long: set RAY_TMPDIR to a short one such as /tmp"
-    if isinstance(error, ConnectionError) and address:
-        return "Start a cluster with 'ray start --head' and join it on its other nodes, or leave --ray-address out"
+    if isinstance(error, ConnectionError) and address.where:
+        return (
+            f"Start a cluster with 'ray start --head' and join it on its other nodes, or leave {address.named_by} out. A cluster that asks "
+            "for a token wants RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH with that of its head node"
+        )
     home, folder = Path("~").expanduser(), os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     return (
         f"Ray keeps its token in {home}/.ray and its logs and sockets in {folder}/ray, both must be writable: set HOME (or "

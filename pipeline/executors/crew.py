@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection
 
 from pipeline.executors.base import ExecutorError, Handle, Pool, Say, Worker, WorkerLostError
+from pipeline.failures import one_line
 from pipeline.worker import TeacherInfo
 
 READY_TIMEOUT_S = 1800.0
@@ -164,9 +165,3 @@ class Crew:
 
     def close(self) -> None:
         self.pool.close()
-
-
-def one_line(error: Exception) -> str:
-    """An exception in one short line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else f"{text[:297]}..."

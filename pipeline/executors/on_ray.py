@@ -38,14 +38,14 @@ class RayExecutor(ScheduledExecutor):
         """
         Args:
             workers: how many; 0 for as many as the cluster has GPUs for, or nodes.
-            address: a running cluster such as 'auto'; None starts a local one, which `close` ends.
+            address: a running cluster such as 'auto'; None takes that of RAY_ADDRESS, else starts a local one, which `close` ends.
             gpus_per_worker: GPUs one teacher is spread over; 0 for one where there are any.
             storage: where the store is or will be: every worker must see it.
 
         Raises:
             ExecutorError: Ray cannot be started or reached, or has no room for the workers.
         """
-        cluster = Cluster(workers, address)
+        cluster = Cluster(workers, address, say=say)
         try:
             pool = _Actors(cluster, source, workers, gpus_per_worker, storage)
         except BaseException:

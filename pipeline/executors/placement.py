@@ -29,13 +29,14 @@ class Placement:
     """Of each worker: its teacher is spread over them."""
 
 
-def place(nodes: Sequence[Node], *, workers: int, gpus_per_worker: int, device: str) -> Placement:
+def place(nodes: Sequence[Node], *, workers: int, gpus_per_worker: int, device: str, flag: str = "--workers") -> Placement:
     """Decide what each worker asks for.
 
     Args:
         workers: how many; 0 for one per GPU (or per `gpus_per_worker` of them), on a cluster without GPUs one per node.
         gpus_per_worker: 0 for one where there are GPUs.
         device: of the teacher: 'cpu', 'cuda' or 'auto'.
+        flag: the command's name for `workers`, for messages.
 
     Raises:
         ExecutorError: the cluster can never give that.
@@ -44,14 +45,14 @@ def place(nodes: Sequence[Node], *, workers: int, gpus_per_worker: int, device: 
     has = f"the cluster has {cpus} CPUs and {gpus} GPUs on {len(nodes)} node(s)"
     if device.startswith("cuda:"):
         raise ExecutorError(
-            f"--device: got {device}, but Ray gives each worker its GPU; use cuda, and CUDA_VISIBLE_DEVICES to choose among GPUs"
+            f"device: got {device}, but Ray gives each worker its GPU; use cuda, and CUDA_VISIBLE_DEVICES to choose among GPUs"
         )
     if device == "cpu" and gpus_per_worker:
         raise ExecutorError(f"--gpus-per-worker: got {gpus_per_worker} with --device cpu; use cuda or auto")
     if (device == "cuda" or gpus_per_worker) and not gpus:
         raise ExecutorError(
-            f"--device: got {device}{f' and {gpus_per_worker} GPUs per worker' if gpus_per_worker else ''}, but the Ray cluster has no "
-            "GPU; set --device to cpu or auto, or start Ray where there are GPUs"
+            f"device: got {device}{f' and {gpus_per_worker} GPUs per worker' if gpus_per_worker else ''}, but the Ray cluster has no "
+            "GPU; set it to cpu or auto, or start Ray where there are GPUs"
         )
     each = 0 if device == "cpu" or not gpus else max(gpus_per_worker, 1)
     largest = max((node.gpus for node in nodes), default=0)
@@ -65,7 +66,7 @@ def place(nodes: Sequence[Node], *, workers: int, gpus_per_worker: int, device: 
     room = _room(nodes, 1, each)
     if workers > room or not workers:
         raise ExecutorError(
-            f"--workers: got {workers}, but {has}: room for {room} worker(s) of {each} GPU(s) and a CPU each; ask for fewer"
+            f"{flag}: got {workers}, but {has}: room for {room} worker(s) of {each} GPU(s) and a CPU each; ask for fewer"
         )
     shares = range(max(node.cpus for node in nodes), 0, -1)
     share = next(share for share in shares if _room(nodes, share, each) >= workers)

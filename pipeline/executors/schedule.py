@@ -15,7 +15,8 @@ from kvstore import CodecError, KVStoreError
 from kvstore.drop import quarantine_samples
 from kvstore.storage import locate
 from pipeline.executors.base import ExecutorError, Handle, OnBadSample, Pool, Say, Worker, WorkerLostError
-from pipeline.executors.crew import KEPT, LOOK_AT, READY_TIMEOUT_S, Crew, one_line
+from pipeline.executors.crew import KEPT, LOOK_AT, READY_TIMEOUT_S, Crew
+from pipeline.failures import one_line
 from pipeline.quarantine import BadSample, BadSampleError, Search, allowance, bad_samples, refusal, search, without
 from pipeline.stop import NEVER, Interrupted, Stop
 from pipeline.tasks import Task, TaskSample

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvstore.temporary import temporary_folder
 from pipeline.models.checkpoint import TOKENIZER_FILES, damaged, validate_checkpoint
 from pipeline.models.files import one_line, read_json
 from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -223,6 +224,13 @@ def _validate_causal(path: Path, model: PreTrainedModel) -> None:
                 f"{path}: {type(model).__name__} attends to later tokens ({attention.name}.is_causal is False, config "
                 f"is_decoder {getattr(model.config, 'is_decoder', None)}); kvpipe needs a decoder that reads left to right"
             )
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """The files that a tokenizer is saved as, by name."""
+    with temporary_folder("tokenizer") as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:

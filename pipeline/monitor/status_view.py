@@ -9,13 +9,13 @@ import json
 from collections.abc import Callable, Iterator
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from pipeline.monitor.reading import duration, short, size, stage_name
 from pipeline.monitor.status import Status, Writer
-from pipeline.terminal import aligned
+from pipeline.terminal import aligned, console, in_line
 
 
 @contextlib.contextmanager
@@ -25,18 +25,18 @@ def show_status(*, as_json: bool, live: bool) -> Iterator[Callable[[Status], Non
     Args:
         live: whether more than one is to come.
     """
-    console = Console()
+    screen = console()
     if as_json:
         yield lambda status: click.echo(json.dumps(dataclasses.asdict(status)))
-    elif live and console.is_terminal:
-        with Live(console=console, auto_refresh=False) as screen:
-            yield lambda status: screen.update(_status_screen(status), refresh=True)
+    elif live and screen.is_terminal:
+        with Live(console=screen, auto_refresh=False) as shower:
+            yield lambda status: shower.update(_status_screen(status), refresh=True)
     else:
-        yield lambda status: console.print(_status_screen(status))
+        yield lambda status: screen.print(_status_screen(status))
 
 
 def _status_screen(status: Status) -> RenderableType:
-    title = Text.assemble((status.location, "bold"), f"  {_STATES[status.state]}")
+    title = Text.assemble((in_line(status.location), "bold"), f"  {_STATES[status.state]}")
     return Group(title, aligned(_status_lines(status)))
 
 

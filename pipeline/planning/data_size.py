@@ -6,12 +6,12 @@ import dataclasses
 import glob
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvstore.temporary import temporary_folder
 from pipeline.config import ExtractConfig
 from pipeline.data.documents import Document, read_documents, shuffled
 from pipeline.data.formats import compression_of, holds_rows, suffix_of
@@ -177,7 +177,7 @@ def _text_share(file: Path, text_field: str, split: str) -> float:
     """Bytes of text per byte of a file of rows, at its beginning."""
     if suffix_of(file) == ".parquet":
         return _parquet_text_share(file, text_field)
-    with tempfile.TemporaryDirectory() as folder, file.open("rb") as source:
+    with temporary_folder("plan") as folder, file.open("rb") as source:
         head = Path(folder, file.name)
         content = source.read(_HEAD_BYTES)
         whole = len(content) == file.stat().st_size

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from kvstore.create import refuse_strangers
 from kvstore.layout import Layout, fill_shards
 from kvstore.manifest import MANIFEST, read_manifest
 from kvstore.storage import Storage, locate
+from kvstore.temporary import temporary_folder
 from pipeline.budget import store_bytes
 from pipeline.config import ExtractConfig
 from pipeline.data.samples import Sample
@@ -195,7 +195,7 @@ def _records(samples: Sequence[Sample], layout: Layout, sizes: Sizes) -> Records
     """Sizes of what lies beside the arrays: the commit records and tables of all samples that are known, made and measured."""
     tasks = plan_tasks(samples, layout)
     known = sum(task.num_tokens for task in tasks)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("plan") as folder:
         storage = locate(folder)
         create_commit(storage, dataclasses.replace(sizes.commit, shard=len(tasks), samples=()))
         per_shard = store_bytes(storage)

@@ -13,10 +13,8 @@ import importlib.metadata
 import itertools
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from kvstore import CodecError, Store
 from kvstore.arrays import array_keys
@@ -27,10 +25,13 @@ from kvstore.create import create_store
 from kvstore.layout import Layout
 from kvstore.manifest import Manifest, plan_groups
 from kvstore.storage import Folder, Storage, locate
+from kvstore.temporary import temporary_folder
 from pipeline.config import ExtractConfig
 from pipeline.data.samples import Sample
 from pipeline.enter import Run, Signal
 from pipeline.executors import Executor
+from pipeline.executors.address import runs_elsewhere
+from pipeline.models.load import tokenizer_files
 from pipeline.parts import token_arrays
 from pipeline.planning.draw import Batching, scattered_samples, whole_tasks
 from pipeline.planning.rungs import commits_of, kv_arrays, layer_shares, payload_per_token, relative_error, write_again
@@ -190,9 +191,7 @@ class Trial:
             kvpipe_version=importlib.metadata.version("kvpipe"),
         )
         storage = locate(f"{self._place}/{next(self._numbers)}-{name}")
-        with tempfile.TemporaryDirectory() as folder:
-            self._run.tokenizer.save_pretrained(folder)
-            create_store(storage, manifest, calibration, Path(folder))
+        create_store(storage, manifest, calibration, tokenizer_files(self._run.tokenizer))
         return storage, calibration
 
     def _rungs(self, codec: str) -> Iterator[tuple[str, Mapping[int, Codec]]]:
@@ -255,9 +254,9 @@ def _roomy(layout: Layout) -> Layout:
 @contextlib.contextmanager
 def trial_place(config: ExtractConfig) -> Iterator[str]:
     """Somewhere to throw stores away that every worker can see: a temporary folder, for workers elsewhere beside `out`."""
-    if config.ray_address is None:
-        with tempfile.TemporaryDirectory(prefix="kvpipe-plan-") as folder:
-            yield folder
+    if not runs_elsewhere(config.workers, config.ray_address):
+        with temporary_folder("plan") as folder:
+            yield str(folder)
         return
     assert config.out is not None
     storage = locate(f"{locate(config.out).location}.plan-{secrets.token_hex(4)}")

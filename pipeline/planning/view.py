@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.monitor.reading import duration, short, size
 from pipeline.planning.estimate import Estimate
-from pipeline.terminal import aligned
+from pipeline.terminal import aligned, console, in_line, shown
 
 
 def show_estimate(estimate: Estimate) -> None:
     """Print what an extraction will take."""
-    console = Console()
-    console.print(f"[bold]{estimate.teacher}[/] -> [bold]{estimate.out}[/]", highlight=False)
-    console.print(aligned(_estimate_lines(estimate).items()))
-    console.print(_rung_table(estimate))
-    console.print(aligned(_needs_lines(estimate).items()))
+    screen = console()
+    screen.print(Text.assemble((in_line(estimate.teacher), "bold"), " -> ", (in_line(estimate.out), "bold")))
+    screen.print(aligned(_estimate_lines(estimate).items()))
+    screen.print(_rung_table(estimate))
+    screen.print(aligned(_needs_lines(estimate).items()))
     if estimate.fits is False:
         assert estimate.chosen.total_bytes is not None
         assert estimate.room.bytes is not None
-        console.print(
+        screen.print(
             Text(
                 f"DOES NOT FIT: {size(estimate.chosen.total_bytes)} where there is room for {size(max(estimate.room.bytes, 0))}. "
                 + ("With one of these it would:" if estimate.alternatives else "Nothing less would fit either.")
             )
         )
-        console.print(aligned((other.arguments, size(other.total_bytes)) for other in estimate.alternatives))
+        screen.print(aligned((other.arguments, size(other.total_bytes)) for other in estimate.alternatives))
     if estimate.note:
-        console.print(Text(estimate.note))
+        screen.print(Text(shown(estimate.note)))
 
 
 def _estimate_lines(estimate: Estimate) -> dict[str, str]:

@@ -20,6 +20,7 @@ from kvstore import CodecError, FingerprintMismatchError, KVStoreError, StoreFor
 from kvstore.arrays import index_bytes
 from kvstore.commits import StoredObject, read_commit, replace_commit
 from kvstore.describe import describe
+from kvstore.errors import FidelityError
 from kvstore.manifest import read_manifest
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256
@@ -311,3 +312,20 @@ def test_the_command_says_what_it_made(raw: Path, tokenizer: str, tmp_path: Path
     assert 0.5 < record["coverage"] < 1.0
     inspected = CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")])
     assert "aligned     to " in inspected.output
+
+
+def test_one_enormous_value_is_refused_and_stored_only_when_that_is_accepted(
+    source: Source, tokenizer: str, tmp_path: Path
+) -> None:
+    kv = [{layer: (key.copy(), value) for layer, (key, value) in sample.items()} for sample in source.kv]
+    longest = max(range(len(kv)), key=lambda index: len(source.input_ids[index]))
+    kv[longest][2][0][len(source.input_ids[longest]) // 2, 1, 5] = 1e5
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    raw = write_store(
+        tmp_path / "raw", dataclasses.replace(source, kv=kv), "raw", texts=TEXTS, tokenizer=tmp_path / "tokenizer"
+    )
+    settings = AlignSettings(student=student_file(tmp_path), tokenizer=tokenizer, codec="mix")
+    with pytest.raises(FidelityError, match=r"layer 2, key: the codec changes a typical token by \d+%.*--accept-fidelity"):
+        align_store(str(raw), str(tmp_path / "out"), settings)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    align_store(str(raw), str(tmp_path / "out"), dataclasses.replace(settings, accept_fidelity=True))

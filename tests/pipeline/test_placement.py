@@ -54,6 +54,11 @@ def test_what_cannot_be_placed_is_refused(
         place(nodes, workers=workers, gpus_per_worker=gpus_per_worker, device=device)
 
 
+def test_a_refusal_names_the_flag_that_the_command_has() -> None:
+    with pytest.raises(ExecutorError, match=r"^--ray-workers: got 64, but the cluster has 8 CPUs"):
+        place(LAPTOP, workers=64, gpus_per_worker=0, device="auto", flag="--ray-workers")
+
+
 node = st.builds(Node, cpus=st.integers(0, 64), gpus=st.integers(0, 8))
 
 
