@@ -11,7 +11,6 @@ from tests.stores import random_source, small_spec, write_store
 
 READ = """
 import os, sys, resource
-from concurrent.futures import ThreadPoolExecutor
 from kvstore import open_store
 store = open_store(sys.argv[1])
 store.read(range(len(store)))
