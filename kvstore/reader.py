@@ -6,6 +6,7 @@ One native read per array and call, whatever the number of samples: a busy main 
 from __future__ import annotations
 
 import contextlib
+import errno
 import operator
 import os
 import weakref
@@ -351,6 +352,11 @@ class Store:
 
     def _explain(self, error: ValueError, indices: Sequence[int], slots: Sequence[tuple[Group, list[int]]]) -> Exception:
         """Name the shard and sample a native read of several failed on, by reading them one by one."""
+        if os.strerror(errno.EMFILE) in str(error):
+            return OSError(
+                f"{self.location}: reading {len(indices)} samples at once takes more open files than this process may have; the data is "
+                "whole, raise the limit (ulimit -n, usually 1,024 or more) and try again"
+            )
         if unreachable(error):
             return OSError(
                 f"{self.location}: reading failed ({error}); the data may be whole, see to the connection and try again"

