@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import ml_dtypes
@@ -39,8 +40,9 @@ from kvstore.compaction import compact
 from kvstore.create import extend_store
 from kvstore.describe import describe
 from kvstore.drop import drop_samples
+from kvstore.errors import LeaseLostError
 from kvstore.gate import read_gate, write_gate
-from kvstore.lease import EVERYTHING, lease
+from kvstore.lease import EVERYTHING, LEASES, lease
 from kvstore.records import canonical_json
 from kvstore.repeats import write_repeats
 from kvstore.rewrite import merge_stores, recode_store
@@ -1007,6 +1009,25 @@ def test_a_claim_says_who_writes_which_shards_and_dies_with_its_holder(tmp_path:
             pass
 
 
+@rule("11.3")
+def test_who_takes_over_from_a_claim_revokes_it_first(store_path: Path) -> None:
+    storage = locate(store_path)
+    with lease(storage, *EVERYTHING, "kvpipe drop") as frozen:
+        (claim,) = (store_path / LEASES).iterdir()
+        assert (store_path / ".staging" / f"claim-{claim.stem}").is_dir()
+        frozen.write("samples/ours", b"1", replace=True)
+        claim.write_text(json.dumps({**json.loads(claim.read_text()), "machine": "elsewhere"}))
+        os.utime(claim, (1, 1))
+        with lease(storage, 4, 5, "kvpipe extract") as other:
+            assert not (store_path / ".staging" / f"claim-{claim.stem}").exists()
+            with pytest.raises(LeaseLostError, match="another writer took over"):
+                frozen.write("samples/ours", b"2", replace=True)
+            with pytest.raises(LeaseLostError, match="another writer took over"):
+                frozen.delete("samples/ours")
+            other.write("samples/theirs", b"3", replace=False)
+    assert storage.read("samples/ours") == b"1"
+
+
 @rule("12.1", "12.2")
 def test_logs_say_how_runs_went_and_can_be_deleted(written: Path, store_path: Path) -> None:
     storage = locate(store_path)
@@ -1032,6 +1053,71 @@ def test_logs_say_how_runs_went_and_can_be_deleted(written: Path, store_path: Pa
     assert open_store(store_path).samples.ids == expected
     shutil.rmtree(store_path / "progress")
     assert open_store(store_path).samples.ids == expected
+
+
+@rule("1.5")
+def test_only_regular_files_with_plain_names_are_read_and_nothing_is_written_behind_links(
+    store_path: Path, tmp_path: Path
+) -> None:
+    shard_file, commit_file = store_path / "kv.zarr/input_ids/c/1", store_path / "commits/00001.json"
+    shard_file.symlink_to(shard_file.rename(tmp_path / "object"))
+    first = int(np.flatnonzero(open_store(store_path).samples.shard == 1)[0])
+    open_store(store_path).read([first])
+    content = commit_file.read_text()
+    commit_file.unlink()
+    os.mkfifo(commit_file)
+    with pytest.raises(StoreFormatError, match=r"00001\.json: is a named pipe, expected a regular file"):
+        open_store(store_path).read([first])
+    commit_file.unlink()
+    commit_file.write_text(content)
+    shutil.rmtree(store_path / ".staging", ignore_errors=True)
+    (store_path / ".staging").symlink_to(tmp_path)
+    with pytest.raises(StoreFormatError, match="is a symbolic link"), lease(locate(store_path), *EVERYTHING, "test"):
+        pass
+    (store_path / ".staging").unlink()
+    reseal(store_path / "manifest.json", tokenizer={"../x": "0" * 64})
+    with pytest.raises(StoreFormatError, match=r"manifest\.json: tokenizer"):
+        open_store(store_path)
+
+
+@rule("1.6")
+def test_files_of_others_are_nobodys_concern(written: Path, store_path: Path) -> None:
+    for name in (".DS_Store", "commits/.DS_Store", "samples/notes.txt", "kv.zarr/key/c/Thumbs.db"):
+        (store_path / name).write_bytes(b"mine")
+    assert open_store(store_path).samples.ids == open_store(written).samples.ids
+    report = verify_store(str(store_path))
+    assert (report.ok, len(report.foreign)) == (True, 4)
+    drop_samples(str(store_path), [open_store(store_path).samples.ids[0]])
+    assert (store_path / "commits/.DS_Store").read_bytes() == b"mine"
+
+
+@rule("2.8")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("manifest.json", {"layout": {"chunk_tokens": 64, "shard_tokens": 2**40, "num_shards": 1}}),
+        ("manifest.json", {"created": 5}),
+        ("manifest.json", {"later": 5}),
+        ("commits/00001.json", {"shard": "1"}),
+        ("commits/00001.json", {"samples": {}}),
+        ("commits/00001.json", {"objects": None}),
+        ("commits/00001.json", {"later": 5}),
+    ],
+)
+def test_fields_of_another_type_or_range_and_unknown_ones_are_refused(
+    name: str, changes: dict[str, object], store_path: Path
+) -> None:
+    reseal(store_path / name, **changes)
+    with pytest.raises(StoreFormatError, match=rf"{Path(name).name}: {next(iter(changes))}"):
+        open_store(store_path).read(range(8))
+
+
+@rule("2.9")
+def test_a_manifest_must_not_contradict_itself(store_path: Path) -> None:
+    groups: Any = manifest_of(store_path)["groups"]
+    reseal(store_path / "manifest.json", groups=[{**groups[0], "key_dim": 16}])
+    with pytest.raises(StoreFormatError, match=r"manifest\.json: groups: not those that the layers of spec"):
+        open_store(store_path)
 
 
 def test_all_store_errors_share_one_base_class() -> None:
