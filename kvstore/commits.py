@@ -15,10 +15,11 @@ from jaxtyping import Integer
 from pydantic import Field, StringConstraints, with_config
 from typing_extensions import TypedDict
 
-from kvstore.arrays import array_keys, shard_key
+from kvstore.arrays import shard_key
 from kvstore.codec import Kind
 from kvstore.errors import ShardNotCommittedError, StoreFormatError
 from kvstore.manifest import COMMITS, Manifest
+from kvstore.metadata import array_keys
 from kvstore.records import INT64_MAX, STRICT, Count, Natural, Sha256, Size, StoreKey, create_sealed, unseal, write_sealed
 from kvstore.storage import Storage
 

@@ -12,16 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.arrays import (
-    array_key,
-    array_keys,
-    create_arrays,
-    metadata_fingerprint,
-    metadata_problems,
-    read_metadata,
-    read_small_array,
-    resized,
-)
+from kvstore.arrays import create_arrays, read_small_array
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.errors import KVStoreError, StoreFormatError
@@ -39,6 +30,7 @@ from kvstore.manifest import (
     Manifest,
     write_manifest,
 )
+from kvstore.metadata import array_key, array_keys, metadata_fingerprint, metadata_problems, read_metadata, resized
 from kvstore.records import bytes_sha256
 from kvstore.storage import STAGING, Storage
 

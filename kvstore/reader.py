@@ -21,22 +21,14 @@ import tensorstore as ts
 from jaxtyping import Int64
 
 from kvstore import codec as codecs
-from kvstore.arrays import (
-    TOKEN_ARRAYS,
-    array_key,
-    array_keys,
-    index_bytes,
-    open_array,
-    read_calibration,
-    shard_key,
-    unreachable,
-)
+from kvstore.arrays import index_bytes, open_array, read_calibration, shard_key, unreachable
 from kvstore.batches import CodeBatch, KVBatch
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, contradictions, read_commit, token_crc32c
 from kvstore.errors import CorruptShardError, FingerprintMismatchError, KVStoreError, StoreFormatError
 from kvstore.manifest import MANIFEST, PROJECTION, TOKENIZER, Group, Manifest, read_beside, read_manifest
+from kvstore.metadata import TOKEN_ARRAYS, array_key, array_keys
 from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable
 from kvstore.spec import KVSpec

@@ -10,9 +10,10 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from kvstore.arrays import array_keys, expected_arrays, shard_key
+from kvstore.arrays import shard_key
 from kvstore.commits import Commit, shard_of
 from kvstore.manifest import ARRAYS, GATE, MANIFEST, PROGRESS, PROJECTION, SAMPLES, TOKENIZER, Manifest
+from kvstore.metadata import array_keys, expected_arrays
 from kvstore.samples import is_part, is_summary
 from kvstore.storage import STAGING, claim_key
 

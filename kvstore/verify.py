@@ -14,16 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
-from kvstore.arrays import (
-    array_key,
-    array_keys,
-    chunk_bytes,
-    index_bytes,
-    metadata_problems,
-    read_calibration,
-    read_small_array,
-    shard_key,
-)
+from kvstore.arrays import chunk_bytes, index_bytes, read_calibration, read_small_array, shard_key
 from kvstore.codec import KINDS, Kind, saturated
 from kvstore.commits import Commit, StoredObject, commit_key, committed_shards, contradictions, read_commit, sample_id
 from kvstore.drop import dropped_shards
@@ -42,6 +33,7 @@ from kvstore.manifest import (
     read_beside,
     read_manifest,
 )
+from kvstore.metadata import array_key, array_keys, metadata_problems
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256, fingerprint, plain
 from kvstore.repeats import read_part_repeats, read_repeats

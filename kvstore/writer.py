@@ -16,22 +16,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32, UInt8
 
 from kvstore import codec as codecs
-from kvstore.arrays import (
-    TOKEN_ARRAYS,
-    array_key,
-    array_keys,
-    chunk_bytes,
-    encode_shard,
-    fill_value,
-    index_bytes,
-    read_metadata,
-    shard_key,
-)
+from kvstore.arrays import chunk_bytes, encode_shard, index_bytes, shard_key
 from kvstore.calibration import Calibration, channels_of
 from kvstore.codec import KINDS, Encoded, Kind, Values
 from kvstore.commits import Commit, Fidelity, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
 from kvstore.errors import CodecError, CorruptShardError, StoreFormatError, StoreWriteError
 from kvstore.manifest import Group, Manifest
+from kvstore.metadata import TOKEN_ARRAYS, array_key, array_keys, fill_value, read_metadata
 from kvstore.records import bytes_sha256
 from kvstore.storage import Storage
 

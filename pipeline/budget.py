@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.arrays import TOKEN_ARRAYS
 from kvstore.codec import KINDS, Kind
 from kvstore.compaction import loose_table_bytes
 from kvstore.layout import Layout
 from kvstore.manifest import Group, Manifest
+from kvstore.metadata import TOKEN_ARRAYS
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage
 from pipeline.data.windows import Window

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvstore import FingerprintMismatchError, Store
-from kvstore.arrays import TOKEN_ARRAYS
 from kvstore.create import extend_store
 from kvstore.drop import dropped_shards
 from kvstore.layout import Layout, plan_layout
 from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
+from kvstore.metadata import TOKEN_ARRAYS
 from kvstore.records import plain
 from kvstore.repeats import read_part_repeats, write_repeats
 from kvstore.storage import Storage

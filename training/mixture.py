@@ -12,10 +12,10 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
-from kvstore.arrays import TOKEN_ARRAYS
 from kvstore.batches import KVBatch
 from kvstore.errors import FingerprintMismatchError
 from kvstore.manifest import Manifest
+from kvstore.metadata import TOKEN_ARRAYS
 from kvstore.reader import Store, open_store
 from kvstore.records import differences, fingerprint
 from kvstore.spec import KVSpec

@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Int64
 
 from kvstore import Store
-from kvstore.arrays import array_key, index_bytes, shard_key
+from kvstore.arrays import index_bytes, shard_key
 from kvstore.calibration import Calibration
 from kvstore.codec import KINDS
 from kvstore.commits import Commit, read_commit
 from kvstore.layout import fill_shards
 from kvstore.manifest import Manifest
+from kvstore.metadata import array_key
 from kvstore.storage import Storage
 from kvstore.writer import ShardWriter
 

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvstore.arrays import metadata_fingerprint
+from kvstore.metadata import metadata_fingerprint
 from kvstore.records import canonical_json, fingerprint
 from kvstore.samples import column_digest
 
