@@ -19,7 +19,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from kvstore.calibration import Calibration, calibration_fingerprint
 from kvstore.codec import KINDS, Kind
 from kvstore.errors import CorruptShardError, StoreFormatError
-from kvstore.manifest import ARRAYS, Group, Manifest
+from kvstore.groups import Group
+from kvstore.manifest import ARRAYS, Manifest
 from kvstore.metadata import (
     TOKEN_ARRAYS,
     array_key,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Float64
 
 from kvstore.codec import INT8_MAX, KINDS, NIBBLE_MIN, Kind, Quantizer
 from kvstore.errors import CodecError
-from kvstore.manifest import Group
+from kvstore.groups import Group
 
 CALIBRATION_TOKENS = 65_536
 """At least so many tokens are calibrated on, or all there are."""

@@ -17,19 +17,8 @@ from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.errors import KVStoreError, StoreFormatError
 from kvstore.gate import write_gate
-from kvstore.manifest import (
-    ARRAYS,
-    COMMITS,
-    GATE,
-    MANIFEST,
-    PROGRESS,
-    PROJECTION,
-    SAMPLES,
-    TOKENIZER,
-    Group,
-    Manifest,
-    write_manifest,
-)
+from kvstore.groups import Group
+from kvstore.manifest import ARRAYS, COMMITS, GATE, MANIFEST, PROGRESS, PROJECTION, SAMPLES, TOKENIZER, Manifest, write_manifest
 from kvstore.metadata import array_key, array_keys, metadata_fingerprint, metadata_problems, read_metadata, resized
 from kvstore.records import bytes_sha256
 from kvstore.storage import STAGING, Storage

@@ -13,7 +13,8 @@ import numpy as np
 
 from kvstore.codec import KINDS, Kind
 from kvstore.errors import CorruptShardError
-from kvstore.manifest import ARRAYS, Group, Manifest
+from kvstore.groups import Group
+from kvstore.manifest import ARRAYS, Manifest
 from kvstore.records import differences, fingerprint, parse_json, plain
 from kvstore.storage import Storage
 

@@ -27,7 +27,8 @@ from kvstore.calibration import Calibration
 from kvstore.codec import KINDS, Kind
 from kvstore.commits import Commit, contradictions, read_commit, token_crc32c
 from kvstore.errors import CorruptShardError, FingerprintMismatchError, KVStoreError, StoreFormatError
-from kvstore.manifest import MANIFEST, PROJECTION, TOKENIZER, Group, Manifest, read_beside, read_manifest
+from kvstore.groups import Group
+from kvstore.manifest import MANIFEST, PROJECTION, TOKENIZER, Manifest, read_beside, read_manifest
 from kvstore.metadata import TOKEN_ARRAYS, array_key, array_keys
 from kvstore.records import bytes_sha256
 from kvstore.samples import SampleTable

@@ -29,7 +29,8 @@ from kvstore.drop import read_dropped
 from kvstore.errors import CodecError, KVStoreError
 from kvstore.fidelity import Trial, refuse_lossy
 from kvstore.gate import read_gate
-from kvstore.manifest import Manifest, plan_groups, refuse_mismatch
+from kvstore.groups import plan_groups
+from kvstore.manifest import Manifest, refuse_mismatch
 from kvstore.reader import Store, open_store
 from kvstore.records import differences
 from kvstore.storage import locate

@@ -8,33 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import pyarrow as pa
 
-from kvstore.arrays import chunk_bytes, index_bytes, read_calibration, read_small_array, shard_key
-from kvstore.codec import KINDS, Kind, saturated
-from kvstore.commits import Commit, StoredObject, commit_key, committed_shards, contradictions, read_commit, sample_id
+from kvstore.arrays import read_calibration, read_small_array
+from kvstore.commits import Commit, commit_key, committed_shards, contradictions, read_commit
 from kvstore.drop import dropped_shards
 from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.gate import read_gate
 from kvstore.lease import Claim, claims
-from kvstore.manifest import (
-    ARRAYS,
-    GATE,
-    PROJECTION,
-    SAMPLES,
-    TOKENIZER,
-    Group,
-    Manifest,
-    data_record,
-    read_beside,
-    read_manifest,
-)
-from kvstore.metadata import array_key, array_keys, metadata_problems
-from kvstore.reader import Store
+from kvstore.manifest import ARRAYS, GATE, PROJECTION, SAMPLES, TOKENIZER, Manifest, data_record, read_beside, read_manifest
+from kvstore.metadata import array_key, metadata_problems
 from kvstore.records import bytes_sha256, fingerprint, plain
 from kvstore.repeats import read_part_repeats, read_repeats
 from kvstore.samples import (
@@ -49,9 +34,9 @@ from kvstore.samples import (
     rows_of,
     summary_of,
 )
-from kvstore.spec import KVSpec
 from kvstore.storage import MAX_RECORD_BYTES, Storage, locate
 from kvstore.strangers import Strangers, find_strangers
+from kvstore.verify_shards import ShardVerifier
 
 Progress = Callable[[int, int], object]
 """Told the bytes done and the bytes in all."""
@@ -135,10 +120,12 @@ class _Verification:
         self._tables(manifest, commits, entries)
         self._parts(manifest, commits)
         total = sum(stored.size_bytes for commit in commits for stored in commit.objects)
+        shards = ShardVerifier(self._storage, manifest, self._add, lambda done: self._progress(done, total))
         for commit in commits:
-            good = self._objects(manifest, commit, total)
+            good = shards.objects(commit)
             if self._deep and commit.samples:
-                self._decode(manifest, commit, good)
+                shards.decode(commit, good)
+        self._bytes = shards.num_bytes
         return self._report(manifest, commits, self._strangers(manifest, commits, entries, living), living)
 
     def _add(self, part: str, message: str, shard: int | None = None, sample: str | None = None) -> None:
@@ -276,99 +263,6 @@ class _Verification:
                         "the manifest says: ids or counts were changed, or shards are of another store",
                     )
 
-    def _objects(self, manifest: Manifest, commit: Commit, total: int) -> bool:
-        """Whether every object of a shard is the one that was committed."""
-        arrays = {shard_key(array, commit.shard): array for array in array_keys(manifest)}
-        if not {stored.path for stored in commit.objects} <= arrays.keys():
-            return False
-        good = True
-        for stored in commit.objects:
-            problem = self._object_problem(manifest, commit, stored, arrays[stored.path])
-            self._progress(self._bytes, total)
-            if problem:
-                good = False
-                samples = ", ".join(row.id[:12] for row in commit.samples[:3])
-                self._add("shard", f"shard {commit.shard}: {stored.path}: {problem} (samples {samples} ...)", commit.shard)
-        return good
-
-    def _object_problem(self, manifest: Manifest, commit: Commit, stored: StoredObject, array: str) -> str | None:
-        """What tells one file of a shard from the one that was committed."""
-        try:
-            size = self._storage.size(stored.path)
-            if size != stored.size_bytes:
-                return f"{size or 'no'} bytes, expected {stored.size_bytes}"
-            content = self._storage.read(stored.path)
-        except FileNotFoundError:
-            return f"no bytes, expected {stored.size_bytes}"
-        except (OSError, KVStoreError) as error:
-            return f"cannot be read ({error})"
-        self._bytes += len(content)
-        if bytes_sha256(content) != stored.sha256:
-            return f"sha256 {bytes_sha256(content)[:12]}, expected {stored.sha256[:12]}"
-        end_bytes = index_bytes(manifest, array)
-        if len(content) < end_bytes or bytes_sha256(content[-end_bytes:]) != stored.index_sha256:
-            return "its index does not hash to what the record says"
-        return _bits_problem(manifest, commit, array, content)
-
-    def _decode(self, manifest: Manifest, commit: Commit, good: bool) -> None:
-        """Read every sample of a shard through the codecs, all at once, and one by one where that fails.
-
-        Args:
-            good: whether its files are those committed; of others the damaged samples are named, where the files are whole.
-        """
-        ends: Counter[tuple[int, Kind]] = Counter()
-        try:
-            store = Store(self._storage, [commit])
-            store.verify_shard(commit.shard)
-            blocks = _blocks(manifest.spec)
-            whole = [
-                self._decode_samples(store, list(range(first, min(first + 16, len(store)))), blocks, ends)
-                for first in range(0, len(store), 16)
-            ]
-        except KVStoreError as error:
-            if good:
-                self._add("shard", f"shard {commit.shard}: {error}", commit.shard)
-            return
-        if all(whole):
-            for (layer, kind), count in ends.items():
-                share = count / _num_values(manifest, commit, layer, kind)
-                if commit.fidelity[str(layer)][kind]["saturation"] != share:
-                    told = commit.fidelity[str(layer)][kind]["saturation"]
-                    self._add(
-                        "commit",
-                        f"shard {commit.shard}: saturation of layer {layer}, {kind} is {share}, its record says {told}",
-                        commit.shard,
-                    )
-
-    def _decode_samples(
-        self, store: Store, indices: list[int], blocks: list[list[int]], ends: Counter[tuple[int, Kind]]
-    ) -> bool:
-        """Whether all of them are good; codes at an end of their range are counted."""
-        try:
-            for block in blocks:
-                codes = store.read_codes(indices, block)
-                batch = store.decode(codes, block)
-                for kind in KINDS:
-                    if not np.isfinite(getattr(batch, kind)).all():
-                        raise KVStoreError(f"layers {block}, {kind}: NaN or infinity among the decoded values")
-                    for layer in block:
-                        group, slot = store.manifest.group_of(layer)
-                        row = sorted(group.layers.index(one) for one in block if one in group.layers).index(slot)
-                        ends[layer, kind] += saturated(group.quantizer(kind), codes.codes[group.path, kind][row])
-            for position, index in enumerate(indices):
-                tokens = batch.input_ids[batch.cu_seqlens[position] : batch.cu_seqlens[position + 1]]
-                if sample_id(tokens) != store.samples.ids[index]:
-                    raise KVStoreError(f"its tokens hash to {sample_id(tokens)}, not to its id")
-        except KVStoreError as error:
-            if len(indices) > 1:
-                for index in indices:
-                    self._decode_samples(store, [index], blocks, ends)
-                return False
-            shard, sample = int(store.samples.shard[indices[0]]), store.samples.ids[indices[0]]
-            self._add("shard", f"shard {shard}, sample {sample}: {error}", shard, sample)
-            return False
-        return True
-
     def _strangers(self, manifest: Manifest, commits: list[Commit], keys: list[str], living: dict[str, Claim]) -> Strangers:
         """Files nobody needs; while others write, what they are writing is not counted."""
         damaged = committed_shards(self._storage) - {commit.shard for commit in commits}
@@ -399,32 +293,3 @@ class _Verification:
             unlisted=strangers.misleading,
             writers=tuple(f"{claim.purpose} on {claim.host}, pid {claim.pid}" for claim in living.values()),
         )
-
-
-def _blocks(spec: KVSpec) -> list[list[int]]:
-    """Layers by geometry: what fits into one array each."""
-    blocks: dict[tuple[int, int, int], list[int]] = {}
-    for layer in spec.layers:
-        blocks.setdefault(layer.geometry, []).append(layer.layer)
-    return list(blocks.values())
-
-
-def _num_values(manifest: Manifest, commit: Commit, layer: int, kind: Kind) -> int:
-    group: Group = manifest.group_of(layer)[0]
-    return commit.num_tokens * group.num_kv_heads * group.dim(kind)
-
-
-def _bits_problem(manifest: Manifest, commit: Commit, array: str, content: bytes) -> str | None:
-    """The record's bits per value follow from the sizes in the index."""
-    for group in manifest.groups:
-        for kind in KINDS:
-            if array_key(group, group.array(kind)) != array:
-                continue
-            chunks = manifest.layout.shard_tokens // manifest.layout.chunk_tokens
-            for layer, size in zip(group.layers, chunk_bytes(content, len(group.layers), chunks), strict=True):
-                bits = 8.0 * size / _num_values(manifest, commit, layer, kind)
-                measured = commit.fidelity.get(str(layer), {}).get(kind)
-                told = measured["bits"] if measured else None
-                if bits != told:
-                    return f"layer {layer}, {kind} takes {bits} bits a value, its record says {told}"
-    return None

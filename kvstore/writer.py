@@ -21,7 +21,8 @@ from kvstore.calibration import Calibration, channels_of
 from kvstore.codec import KINDS, Encoded, Kind, Values
 from kvstore.commits import Commit, Fidelity, SampleRow, StoredObject, commit_key, create_commit, read_commit, replace_commit
 from kvstore.errors import CodecError, CorruptShardError, StoreFormatError, StoreWriteError
-from kvstore.manifest import Group, Manifest
+from kvstore.groups import Group
+from kvstore.manifest import Manifest
 from kvstore.metadata import TOKEN_ARRAYS, array_key, array_keys, fill_value, read_metadata
 from kvstore.records import bytes_sha256
 from kvstore.storage import Storage

@@ -30,7 +30,8 @@ from kvstore.commits import Commit, sample_id, token_crc32c
 from kvstore.compose import Member, Origin, Plan, Progress, RewriteSummary, TokenIdentity, cut, make, origins_of, planned
 from kvstore.drop import read_dropped
 from kvstore.fidelity import Trial, refuse_lossy
-from kvstore.manifest import Manifest, plan_groups
+from kvstore.groups import plan_groups
+from kvstore.manifest import Manifest
 from kvstore.reader import Store
 from kvstore.records import plain
 from kvstore.spec import format_layers

@@ -15,8 +15,9 @@ import numpy as np
 
 from kvstore.codec import KINDS, Kind
 from kvstore.compaction import loose_table_bytes
+from kvstore.groups import Group
 from kvstore.layout import Layout
-from kvstore.manifest import Group, Manifest
+from kvstore.manifest import Manifest
 from kvstore.metadata import TOKEN_ARRAYS
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage

@@ -22,7 +22,8 @@ from kvstore.create import create_store
 from kvstore.drop import name_dropped
 from kvstore.errors import FidelityError
 from kvstore.gate import read_gate, write_gate
-from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
+from kvstore.groups import Group
+from kvstore.manifest import Manifest, read_manifest, refuse_mismatch
 from kvstore.spec import KVSpec
 from kvstore.storage import Storage, locate
 from pipeline.align import Alignment

@@ -20,8 +20,9 @@ import tqdm
 from kvstore import Store, open_store
 from kvstore.codec import format_codecs, parse_codecs
 from kvstore.compaction import compact
+from kvstore.groups import plan_groups
 from kvstore.lease import LAYOUT, lease, sweep
-from kvstore.manifest import MANIFEST, plan_groups, read_manifest
+from kvstore.manifest import MANIFEST, read_manifest
 from kvstore.spec import KVSpec, format_layers, parse_layers
 from kvstore.storage import Folder, Storage, locate
 from pipeline.align import Alignment, choose_student_layers

@@ -21,7 +21,7 @@ from kvstore import Store
 from kvstore.calibration import Calibration, Channel, ChannelMoments, calibration_mask, channels_of, fit_quantizer
 from kvstore.codec import CODECS, KINDS, Codec, Kind, codec_named, decode, encode, format_codecs
 from kvstore.errors import CodecError
-from kvstore.manifest import plan_groups
+from kvstore.groups import plan_groups
 from kvstore.spec import KVSpec
 from pipeline.models.capture import KeyValue, KVTap, capture_kv, evaluation_mode
 from pipeline.models.substitute import Replace, substituted

@@ -14,8 +14,9 @@ from typing import Any
 from kvstore import FingerprintMismatchError, Store
 from kvstore.create import extend_store
 from kvstore.drop import dropped_shards
+from kvstore.groups import Group
 from kvstore.layout import Layout, plan_layout
-from kvstore.manifest import Group, Manifest, read_manifest, refuse_mismatch
+from kvstore.manifest import Manifest, read_manifest, refuse_mismatch
 from kvstore.metadata import TOKEN_ARRAYS
 from kvstore.records import plain
 from kvstore.repeats import read_part_repeats, write_repeats

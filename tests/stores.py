@@ -17,8 +17,9 @@ from kvstore.codec import KINDS, parse_codecs
 from kvstore.commits import Commit, SampleRow, create_commit, sample_id, token_crc32c
 from kvstore.compaction import compact, write_tables
 from kvstore.create import create_store
+from kvstore.groups import plan_groups
 from kvstore.layout import Layout, fill_shards, plan_layout
-from kvstore.manifest import Manifest, data_record, plan_groups, write_manifest
+from kvstore.manifest import Manifest, data_record, write_manifest
 from kvstore.repeats import write_repeats
 from kvstore.samples import ROWS, SUMMARY
 from kvstore.spec import Dtype, KVSpec, LayerSpec, RopeSpec

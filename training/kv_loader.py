@@ -29,7 +29,7 @@ from torch import Tensor
 from kvstore import codec
 from kvstore.batches import CodeBatch
 from kvstore.codec import KINDS, Kind
-from kvstore.manifest import Group
+from kvstore.groups import Group
 from kvstore.reader import Store
 from kvstore.records import fingerprint
 from training.handover import quick_handover

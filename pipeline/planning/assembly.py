@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvstore.codec import Codec
+from kvstore.groups import Group, plan_groups
 from kvstore.layout import Layout
-from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, format_layers
 from kvstore.storage import Folder, Storage
 from pipeline.align import Alignment

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvstore.codec import KINDS, Codec
+from kvstore.groups import Group, plan_groups
 from kvstore.layout import Layout, RowBytes, fill_shards, plan_chunk_tokens, plan_shard_tokens
-from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, format_layers
 from pipeline.align import default_student_layers
 from pipeline.monitor.plot import LEAST_S

@@ -21,8 +21,9 @@ from kvstore.calibration import Calibration, calibration_fingerprint, fit_groups
 from kvstore.codec import CODECS, Codec, format_codecs, parse_codecs
 from kvstore.commits import Commit
 from kvstore.create import create_store
+from kvstore.groups import plan_groups
 from kvstore.layout import Layout
-from kvstore.manifest import Manifest, plan_groups
+from kvstore.manifest import Manifest
 from kvstore.metadata import array_keys
 from kvstore.storage import Folder, Storage, locate
 from kvstore.temporary import temporary_folder

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.codec import parse_codecs
+from kvstore.groups import Group, plan_groups
 from kvstore.layout import MAX_SHARD_BYTES, Layout, RowBytes, plan_layout
-from kvstore.manifest import Group, plan_groups
 from kvstore.spec import KVSpec, LayerSpec
 from pipeline.data.samples import Sample
 from pipeline.tasks import data_record, estimate_bytes, padded_length, plan_batches, plan_tasks
