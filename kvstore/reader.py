@@ -354,7 +354,7 @@ class Store:
             return OSError(
                 f"{self.location}: reading failed ({error}); the data may be whole, see to the connection and try again"
             )
-        if isinstance(error, CorruptShardError):
+        if isinstance(error, KVStoreError):
             return error
         for index in indices:
             try:

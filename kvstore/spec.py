@@ -135,7 +135,10 @@ class KVSpec:
         Raises:
             StoreFormatError: a field is missing, unknown, of another type or out of range.
         """
-        spec = parse(cls, record, "spec", "2")
+        try:
+            spec = parse(cls, record, "spec")
+        except StoreFormatError as error:
+            raise StoreFormatError(f"{error}; expected the fields of KVSpec (FORMAT.md 2)") from error
         if missing := list(spec.missing_in(record)):
             raise StoreFormatError(f"spec: {', '.join(missing)} missing; expected the fields of KVSpec (FORMAT.md 2)")
         return spec

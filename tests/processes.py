@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.util
 import os
 import subprocess
 import sys
@@ -20,6 +21,10 @@ KVPIPE = "from pipeline.cli import main; main()"
 _PRELOAD = ["pipeline.extract", "pipeline.repair", "training.trainer", "transformers.models.qwen2.modeling_qwen2"]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOAD)
+
+
+# The server's socket lies there: a test that points TMPDIR at a folder of its own must not be the first to ask.
+multiprocessing.util.get_temp_dir()
 
 
 @atexit.register

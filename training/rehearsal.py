@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
+from pipeline.align.same_tokens import tokenizer_differences
 from pipeline.models.load import load_tokenizer
 from pipeline.models.resolve import one_line
 from training import checkpoints
@@ -90,8 +98,13 @@ def trial_folder(out: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def rehearse_saving(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, say: Callable[[str], object] = lambda _: None
+) -> None:
     """Save what a run leaves at its end, but for the numbers in the weights; load it again.
+
+    Args:
+        say: told where AutoTokenizer, which goes by the model's type, will take the saved tokenizer for another.
 
     Raises:
         ValueError: the student cannot be saved, or what is saved is another model, or nothing can be written.
@@ -100,8 +113,13 @@ def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         _save_hollow(model, folder, published_names=True)
         with _refusing("its tokenizer cannot be saved and loaded again"):
             tokenizer.save_pretrained(folder)
-            if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-                raise ValueError("the loaded one has other tokens")
+            if changed := tokenizer_differences(load_tokenizer(folder), tokenizer):
+                if tokenizer_differences(PreTrainedTokenizerFast.from_pretrained(folder), tokenizer):
+                    raise ValueError(f"the loaded one gives other ids: {changed[0]}")
+                say(
+                    f"warning: transformers goes by the student's model type, {model.config.model_type}, so that AutoTokenizer will load the saved "
+                    f"tokenizer as another ({changed[0]}); load it with PreTrainedTokenizerFast.from_pretrained"
+                )
         with _refusing("what is saved of it cannot be loaded again"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             if model.can_generate():

@@ -126,7 +126,7 @@ def _student(
             "out"
         )
     if _is_main():
-        rehearse_saving(model, tokenizer, config.out)
+        rehearse_saving(model, tokenizer, config.out, say)
     if config.lora_rank is not None:
         add_lora(model, config.lora_rank, config.seed)
     return model

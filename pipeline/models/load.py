@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvstore.temporary import temporary_folder
 from pipeline.models.checkpoint import TOKENIZER_FILES, damaged, validate_checkpoint
 from pipeline.models.files import one_line, read_json
 from pipeline.models.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -228,6 +227,8 @@ def _validate_causal(path: Path, model: PreTrainedModel) -> None:
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """The files that a tokenizer is saved as, by name."""
+    from kvstore.temporary import temporary_folder
+
     with temporary_folder("tokenizer") as folder:
         tokenizer.save_pretrained(folder)
         return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

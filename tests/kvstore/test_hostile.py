@@ -191,9 +191,9 @@ def test_a_writer_that_was_frozen_while_another_took_over_changes_nothing(step: 
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as frozen:
         try:
             _wait_until_stopped(frozen.pid)
-            old = time.time() - 1000
-            for claim in (path / LEASES).iterdir():
-                os.utime(claim, (old, old))
+            for claim in (path / LEASES).iterdir():  # as if it were of another machine, and old
+                claim.write_text(json.dumps({**json.loads(claim.read_text()), "machine": "elsewhere"}))
+                os.utime(claim, (1, 1))
             drop_samples(str(path), [second])
             whole = snapshot(path)
             assert second not in open_store(path).samples.ids

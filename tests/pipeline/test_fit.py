@@ -19,6 +19,7 @@ from kvstore.manifest import write_manifest
 from kvstore.reader import Store
 from kvstore.spec import KVSpec
 from kvstore.storage import locate
+from pipeline.align import Alignment
 from pipeline.align.fit import Fit
 from pipeline.align.fitted import Method, attention_cosine, cross_sums, fit_map, retained_variance
 from pipeline.align.sums import QuerySums, Sums
@@ -117,8 +118,10 @@ def test_stores_whose_heads_cannot_be_fitted_are_refused(tmp_path: Path, change:
         spec = dataclasses.replace(spec, layers=(dataclasses.replace(spec.layers[0], latent=True),))
     root = write_store(tmp_path / "kv", random_source(spec, [40]), "raw")
     if change == "baked":
-        manifest = open_store(root).manifest
-        write_manifest(locate(root), dataclasses.replace(manifest, alignment={"baked": True}))
+        manifest, alignment = open_store(root).manifest, Alignment.plan(spec, spec)
+        write_manifest(
+            locate(root), dataclasses.replace(manifest, alignment=dataclasses.replace(alignment, baked=True).to_json())
+        )
     said = {"baked": "already aligned to a student", "post_rope": "expected pre_rope", "latent": "hold MLA latents"}
     with pytest.raises((KVStoreError, ValueError), match=said[change]):
         fit_store(open_store(root), small_spec(num_layers=1, num_kv_heads=1))

@@ -21,7 +21,7 @@ from kvstore import FingerprintMismatchError, open_store
 from kvstore.describe import describe
 from kvstore.drop import drop_samples
 from kvstore.rewrite import merge_stores, recode_store
-from kvstore.storage import locate
+from kvstore.storage import Storage, locate
 from kvstore.verify import verify_store
 from pipeline.budget import END_BYTES, store_bytes
 from pipeline.config import ExtractConfig
@@ -112,8 +112,8 @@ def test_samples_are_let_go_of_when_they_have_become_tasks(
 ) -> None:
     enter, held, largest = RunParts.enter, [], []
 
-    def watched(parts: RunParts, window: Window) -> Part:
-        part = enter(parts, window)
+    def watched(parts: RunParts, window: Window, held_store: Storage) -> Part:
+        part = enter(parts, window, held_store)
         largest.append(len(window.samples))
         held.append(sum(type(found) is samples.Sample for found in gc.get_objects()))
         return part

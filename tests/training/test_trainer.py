@@ -380,7 +380,7 @@ def test_a_count_trains_as_so_many_copies_in_the_same_batch_do(
     counted: TrainSummary, student: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A store with copies is refused when it is opened; here it is the reference.
-    monkeypatch.setattr(SampleColumns, "ids", property(lambda samples: samples._column("id").to_pylist()))
+    monkeypatch.setattr(SampleColumns, "ids", property(lambda samples: samples._columns(["id"])["id"].to_pylist()))
     copies = [index for index, count in enumerate([*COUNTS, 3, 1]) for _ in range(count)]
     store = counted_store(tmp_path / "kv", tokenizer_folder, copies, [1] * len(copies))
     changed = {"store": str(store), "out": tmp_path / "run", "batch_size": sum(COUNTS)}
