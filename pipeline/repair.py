@@ -20,7 +20,7 @@ from kvstore.compaction import compact
 from kvstore.create import restore_metadata
 from kvstore.drop import read_dropped
 from kvstore.lease import EVERYTHING, lease, sweep_held
-from kvstore.manifest import GATE, SAMPLES, read_manifest, refuse_mismatch
+from kvstore.manifest import GATE, SAMPLES, Manifest, read_manifest, refuse_mismatch
 from kvstore.records import bytes_sha256
 from kvstore.samples import is_part, is_summary
 from kvstore.storage import Storage, locate
@@ -85,6 +85,8 @@ def repair_store(
                 "this cannot be made again by extracting; restore it from a copy, or extract into a new folder:\n  "
                 + "\n  ".join(hopeless)
             )
+        for shard in found.bad_shards:  # what cannot be made again is said before anything is removed
+            _recorded_config(read_manifest(held), held.location, shard, settings or {}, lambda _: None)
         removed = _remove_orphans(held, found)
         for key in found.unlisted:
             held.write(f"{key}.unlisted", held.read(key), replace=True)
@@ -141,7 +143,7 @@ def _delete_tables(storage: Storage) -> None:
 def _extract_again(held: Storage, commits: Sequence[Commit], settings: dict[str, Any], say: Say) -> list[int]:
     """Compute shards from the samples their commits name; returns those whose tokens are lost."""
     store = Store(held, commits)
-    config = _recorded_config(store, commits[0].shard, settings, say)
+    config = _recorded_config(store.manifest, store.location, commits[0].shard, settings, say)
     resolved = resolve_model(config.teacher, config.revision)
     tokenizer = load_tokenizer(resolved.path)
     tasks, lost = _tasks_of(store, commits, tokenizer)
@@ -246,22 +248,22 @@ def _tokens_of(store: Store, row: SampleRow, tokenizer: Any) -> np.ndarray | Non
     return None
 
 
-def _recorded_config(store: Store, shard: int, settings: dict[str, Any], say: Say) -> ExtractConfig:
+def _recorded_config(manifest: Manifest, location: str, shard: int, settings: dict[str, Any], say: Say) -> ExtractConfig:
     """The settings of the part a shard belongs to, with what the caller changes; what will be read is said.
 
     Raises:
         KVStoreError: the part was not extracted, or its settings hold what no extraction records.
     """
-    parts = store.manifest.data_parts
-    for run in reversed(store.manifest.runs):
+    parts = manifest.data_parts
+    for run in reversed(manifest.runs):
         if run["first_part"] < len(parts) and parts[run["first_part"]]["first_shard"] <= shard:
             if "settings" not in run:
                 raise KVStoreError(
                     f"shard {shard}: it was not extracted but made from other stores ({run}); verify and repair those, and make "
                     "this one again"
                 )
-            recorded = recorded_settings(run["settings"], store.location)
-            config = ExtractConfig.model_validate({**recorded, "out": store.location, "accept_fidelity": True, **settings})
+            recorded = recorded_settings(run["settings"], location)
+            config = ExtractConfig.model_validate({**recorded, "out": location, "accept_fidelity": True, **settings})
             named = {
                 "teacher": config.teacher,
                 "data": ", ".join(config.data),
@@ -271,14 +273,14 @@ def _recorded_config(store: Store, shard: int, settings: dict[str, Any], say: Sa
             reads = "; ".join(f"{name} {value}" for name, value in named.items() if value)
             say(f"as {'these settings say' if settings else 'the store records'}, this reads {reads}")
             return config
-    raise KVStoreError(f"shard {shard}: no run of the manifest made it ({store.location})")
+    raise KVStoreError(f"shard {shard}: no run of the manifest made it ({location})")
 
 
 def _configs_of(storage: Storage, shards: Iterable[int], settings: dict[str, Any], say: Say) -> list[ExtractConfig]:
     """The extractions that will fill these shards, one for each part concerned."""
-    store, configs = Store(storage), dict[str, ExtractConfig]()
+    manifest, configs = read_manifest(storage), dict[str, ExtractConfig]()
     for shard in shards:
-        config = _recorded_config(store, shard, settings, lambda _: None)
+        config = _recorded_config(manifest, storage.location, shard, settings, lambda _: None)
         if config.model_dump_json() not in configs:
-            configs[config.model_dump_json()] = _recorded_config(store, shard, settings, say)
+            configs[config.model_dump_json()] = _recorded_config(manifest, storage.location, shard, settings, say)
     return list(configs.values())

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.errors import StoreFormatError
+from kvstore.provenance import AlignmentRecord
+from kvstore.records import parse
 from kvstore.spec import KVSpec, LayerSpec, RopeSpec, format_layers
 from pipeline.align.heads import Channels, key_channels, project_geometry, spread_channels
 from pipeline.align.layers import map_layers
@@ -188,12 +190,14 @@ class Alignment:
             StoreFormatError: a field is missing, of another type, or contradicts the others.
         """
         try:
+            teacher, student = (KVSpec.from_json(record[side]) for side in ("teacher", "student"))
+            found = parse(AlignmentRecord, record, "alignment")
             return cls(
-                teacher=KVSpec.from_json(record["teacher"]),
-                student=KVSpec.from_json(record["student"]),
-                layer_map=tuple((int(student), int(teacher)) for student, teacher in record["layer_map"]),
-                layer_map_name=str(record["layer_map_name"]),
-                baked=bool(record["baked"]),
+                teacher=teacher,
+                student=student,
+                layer_map=tuple(found["layer_map"]),
+                layer_map_name=found["layer_map_name"],
+                baked=found["baked"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StoreFormatError(f"alignment: {error!r}; expected the fields of Alignment") from error

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import StringConstraints, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from kvstore.errors import FingerprintMismatchError, StoreFormatError
-from kvstore.records import canonical_json, differences, plain
+from kvstore.records import STRICT, Size, canonical_json, differences, parse, plain
 from kvstore.spec import LayerSpec, RopeSpec
+from kvstore.storage import Folder
 from pipeline.align.alignment import Alignment
 from pipeline.align.fitted import FittedMap, Method, Retained
 
 MAPS = "maps.safetensors"
 """The file in a store's projection/ folder."""
+
+
+_Layer = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,5}$")]
+
+
+@with_config(STRICT)
+class FitRecord(TypedDict):
+    """The fields of a `Fit` as its file has them, beside the maps; layers are names."""
+
+    method: Method
+    alignment: dict[str, Any]
+    store: str
+    num_tokens: Size
+    num_held_out_tokens: Size
+    retained: dict[_Layer, Retained]
+    retained_held_out: dict[_Layer, Retained]
+    attention_cosine: dict[_Layer, float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,10 +95,12 @@ class Fit:
             StoreFormatError: no such file, or its content does not hash to the fit_id it names.
         """
         try:
+            if Folder(Path(path).absolute().parent).size(Path(path).name) is None:
+                raise FileNotFoundError("no such file")  # a pipe would keep its reader waiting
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the file itself cannot be iterated
-            fit = cls._from_record(json.loads(metadata["record"]), arrays)
+            fit = cls._from_record(parse(FitRecord, metadata["record"], "record"), arrays)
             expected = metadata["fit_id"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StoreFormatError(f"{path}: {error!r}; expected a file that 'kvpipe fit' made") from error
@@ -127,25 +148,22 @@ class Fit:
         }
 
     @classmethod
-    def _from_record(cls, record: dict[str, Any], arrays: Mapping[str, Tensor]) -> Fit:
+    def _from_record(cls, record: FitRecord, arrays: Mapping[str, Tensor]) -> Fit:
         alignment = Alignment.from_json(record["alignment"])
-        shares = {
-            name: {int(layer): Retained(**share) for layer, share in record[name].items()}
-            for name in ("retained", "retained_held_out")
-        }
         maps = {
             layer: FittedMap(key=arrays[f"layer.{layer}.key"], value=arrays[f"layer.{layer}.value"])
             for layer in alignment.teacher_layers
         }
         return cls(
-            method=cast(Method, record["method"]),
+            method=record["method"],
             alignment=alignment,
-            store=str(record["store"]),
-            num_tokens=int(record["num_tokens"]),
-            num_held_out_tokens=int(record["num_held_out_tokens"]),
+            store=record["store"],
+            num_tokens=record["num_tokens"],
+            num_held_out_tokens=record["num_held_out_tokens"],
             maps=maps,
-            attention_cosine={int(layer): float(cosine) for layer, cosine in record["attention_cosine"].items()},
-            **shares,
+            retained={int(layer): share for layer, share in record["retained"].items()},
+            retained_held_out={int(layer): share for layer, share in record["retained_held_out"].items()},
+            attention_cosine={int(layer): cosine for layer, cosine in record["attention_cosine"].items()},
         )
 
 

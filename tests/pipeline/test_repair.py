@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
-from kvstore import FingerprintMismatchError, KVStoreError, Store, open_store
+from kvstore import FingerprintMismatchError, KVStoreError, Store, StoreFormatError, open_store
 from kvstore.verify import verify_store
 from pipeline.config import ExtractConfig
 from pipeline.extract import extract
@@ -18,6 +19,7 @@ from pipeline.models.resolve import resolve_model
 from pipeline.repair import repair_store
 from pipeline.terminal import report_lines
 from tests.checkpoints import save_checkpoint
+from tests.kvstore.mutations import reseal
 from tests.pipeline.test_extract import by_id
 from tests.processes import kvpipe
 
@@ -155,3 +157,112 @@ def test_dropped_ids_are_not_part_of_what_a_damaged_shard_gets_back(store: Path)
     after = by_id(open_store(store))
     assert gone not in after
     assert len(after) == len(opened) - 1
+
+
+def set_settings(store: Path, **settings: object) -> None:
+    """Put settings into the record of the store's run, sealed again."""
+    record = json.loads((store / "manifest.json").read_text())
+    record["runs"][0]["settings"].update(settings)
+    reseal(store / "manifest.json", record)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ray_address": "attacker:6379"},
+        {"out": "/elsewhere"},
+        {"workers": 4},
+        {"device": "cuda"},
+        {"append": True},
+        {"max_bytes": 1},
+        {"__class__": "x"},
+    ],
+    ids=str,
+)
+def test_settings_that_no_extraction_records_are_not_obeyed(settings: dict[str, object], store: Path) -> None:
+    set_settings(store, **settings)
+    flip(store / "kv.zarr/key/c/0/3/0/0")
+    before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    with pytest.raises(KVStoreError, match=f"have {next(iter(settings))}, which no extraction records; it was changed"):
+        repair_store(str(store))
+    assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == before
+
+
+def test_what_a_repair_reads_is_said_before_and_other_data_never_comes_in(store: Path, teacher: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("my own words " * 40)
+    set_settings(store, data=[str(secret)])
+    (store / "commits/00002.json").unlink()
+    said: list[str] = []
+    with pytest.raises(FingerprintMismatchError, match="Nothing was written"):
+        repair_store(str(store), say=said.append)
+    assert any(f"this reads teacher {teacher}; data {secret}" in line for line in said)
+    assert not any(b"my own words" in file.read_bytes() for file in store.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("folder", [".staging", ".staging/leases", "commits", "samples"])
+def test_a_repair_deletes_nothing_behind_a_symbolic_link(folder: str, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    if (store / folder).exists():
+        shutil.copytree(store / folder, tmp_path / "home", dirs_exist_ok=True)
+        shutil.rmtree(store / folder)
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    (store / folder).parent.mkdir(exist_ok=True)
+    (store / folder).symlink_to(tmp_path / "home")
+    before = {file: file.read_bytes() for file in (tmp_path / "home").rglob("*") if file.is_file()}
+    for shard in (0, 3):
+        flip(store / f"kv.zarr/key/c/0/{shard}/0/0")
+    with pytest.raises(StoreFormatError, match=f"{folder}: is a symbolic link"):
+        repair_store(str(store))
+    assert {file: file.read_bytes() for file in (tmp_path / "home").rglob("*") if file.is_file()} == before
+
+
+METADATA: dict[str, Callable[[Path], object]] = {
+    "array": lambda store: edit(store / "kv.zarr/key/zarr.json", data_type="uint8"),
+    "group": lambda store: edit(store / "kv.zarr/zarr.json", attributes={"kvpipe": {"codec": "raw"}}),
+    "missing": lambda store: (store / "kv.zarr/input_ids/zarr.json").unlink(),
+    "no JSON": lambda store: (store / "kv.zarr/value_byte/zarr.json").write_text("{"),
+    "layer numbers": lambda store: flip(store / "kv.zarr/layer/c/0"),
+    "layer numbers missing": lambda store: (store / "kv.zarr/layer/c/0").unlink(),
+    "misleading copy": lambda store: edit(
+        store / "kv.zarr/zarr.json",
+        consolidated_metadata={"kind": "inline", "metadata": {"key": {"dimension_names": ["token"], "shape": [1]}}},
+    ),
+}
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_that_follows_from_the_manifest_is_made_again_without_a_teacher(name: str, store: Path, made: Path) -> None:
+    METADATA[name](store)
+    assert {problem.part for problem in verify_store(str(store)).problems} == {"metadata"}
+    said: list[str] = []
+    summary = repair_store(str(store), say=said.append)
+    assert (summary.shards, summary.report.problems) == ((), ())
+    assert len(said) == 1
+    assert said[0].startswith("made again from the manifest: kv.zarr/")
+    assert by_id(open_store(store)) == by_id(open_store(made))
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part:zarr.errors.ZarrUserWarning")
+def test_what_others_left_in_a_store_is_no_damage_and_stays_after_a_repair(store: Path) -> None:
+    zarr.consolidate_metadata(str(store / "kv.zarr"))
+    for name in ("commits/.DS_Store", "kv.zarr/key/c/.DS_Store", "notes.txt"):
+        (store / name).write_bytes(b"mine")
+    before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    shown = kvpipe("verify", "--deep", store)
+    assert shown.returncode == 0
+    assert "not ours  3 files that kvpipe did not write and does not read, such as commits/.DS_Store" in shown.stdout
+    assert repair_store(str(store)).report.problems == ()
+    assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == before
+
+
+def test_a_file_that_would_make_another_tokenizer_is_put_aside(store: Path) -> None:
+    (store / "tokenizer/added_tokens.json").write_text('{"<x>": 0}')
+    assert [problem.part for problem in verify_store(str(store)).problems] == ["unlisted"]
+    assert repair_store(str(store)).report.problems == ()
+    assert (store / "tokenizer/added_tokens.json.unlisted").read_text() == '{"<x>": 0}'
+    assert not (store / "tokenizer/added_tokens.json").exists()
