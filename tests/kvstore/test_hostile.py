@@ -182,7 +182,13 @@ drop_samples(sys.argv[1], [sys.argv[2]])
 
 
 @pytest.mark.parametrize(
-    ("step", "number"), [("commit", 1), ("stage", 3), ("stage", 6), ("stage", 9), ("rename", 4), ("rename", 7), ("rename", 12)]
+    ("step", "number"),
+    [
+        ("commit", 1),
+        ("stage", 6),
+        ("rename", 7),
+        *(pytest.param(*stop, marks=pytest.mark.slow) for stop in (("stage", 3), ("stage", 9), ("rename", 4), ("rename", 12))),
+    ],
 )
 def test_a_writer_that_was_frozen_while_another_took_over_changes_nothing(step: str, number: int, path: Path) -> None:
     """Stopped at that step until its claim ran out, overtaken by another drop of its shard, then continued."""
@@ -399,9 +405,23 @@ FILES = [
 ]
 
 
+QUICK = {
+    *(("pipe", name) for name in ("manifest.json", "commits/00001.json", "kv.zarr/key_mean/c/0/0/0", "kv.zarr/key/c/0/1/0/0")),
+    *(("device", name) for name in ("gate.json", "kv.zarr/key/zarr.json", "kv.zarr/input_ids/c/1")),
+    *(("loop", "commits/00001.json"), ("folder", "tokenizer/tokenizer.json"), ("socket", "manifest.json")),
+    *(("huge", "commits/00001.json"), ("huge", "kv.zarr/key/c/0/1/0/0")),
+}
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(
+    ("special", "name"),
+    [
+        pytest.param(special, name, marks=() if (special, name) in QUICK else pytest.mark.slow)
+        for special in SPECIAL
+        for name in FILES
+    ],
+)
 def test_what_is_no_regular_file_of_a_sane_size_is_refused_at_once(special: str, name: str, path: Path) -> None:
     (path / name).unlink(missing_ok=True)
     SPECIAL[special](path / name)
@@ -549,7 +569,9 @@ STRAYS = [
 ]
 
 
-@pytest.mark.parametrize("name", STRAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if number % 3 == 0 else pytest.mark.slow) for number, name in enumerate(STRAYS)]
+)
 def test_a_file_somebody_left_is_named_as_not_ours_and_blocks_nothing(name: str, path: Path) -> None:
     whole = snapshot(path)
     (path / name).parent.mkdir(exist_ok=True)
