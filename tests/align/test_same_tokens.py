@@ -147,8 +147,10 @@ def test_one_tokenizer_file_under_two_types_of_model_is_two_tokenizers_and_says_
 
 @pytest.mark.parametrize(
     "setting",
-    [{"pad_token": END_OF_TEXT}, {"pad_token": "<padding>", "eos_token": PADDING}],
-    ids=["pad", "new-pad-and-end"],
+    [
+        pytest.param({"pad_token": END_OF_TEXT}, id="pad"),
+        pytest.param({"pad_token": "<padding>", "eos_token": PADDING}, id="new-pad-and-end", marks=pytest.mark.slow),
+    ],
 )
 def test_a_copy_of_the_teacher_with_another_special_token_is_a_student_everywhere(
     tmp_path: Path, setting: dict[str, str]

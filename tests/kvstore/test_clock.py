@@ -44,7 +44,13 @@ def set_clock(root: Path, by_s: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "by_s", [HOUR_S, -HOUR_S, 30.0, -30.0], ids=["hour-on", "hour-back", "half-minute-on", "half-minute-back"]
+    "by_s",
+    [
+        pytest.param(-HOUR_S, id="hour-back"),
+        pytest.param(HOUR_S, id="hour-on", marks=pytest.mark.slow),
+        pytest.param(30.0, id="half-minute-on", marks=pytest.mark.slow),
+        pytest.param(-30.0, id="half-minute-back", marks=pytest.mark.slow),
+    ],
 )
 def test_a_clock_that_is_set_lets_nobody_in_beside_a_living_writer(by_s: float, tmp_path: Path) -> None:
     with holder(tmp_path) as process:

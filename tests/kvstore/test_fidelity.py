@@ -26,7 +26,9 @@ def with_outlier(value: float, layer: int = 1) -> Source:
     return source
 
 
-@pytest.mark.parametrize("codec", [name for name in CODECS if name != "raw"])
+@pytest.mark.parametrize(
+    "codec", [pytest.param(name, marks=() if name == "q8z" else pytest.mark.slow) for name in CODECS if name != "raw"]
+)
 def test_one_enormous_key_is_refused_by_every_codec_with_layer_sample_measure_and_limit(codec: str, tmp_path: Path) -> None:
     source = with_outlier(1e4)
     raw = write_store(tmp_path / "raw", source, "raw")

@@ -242,6 +242,7 @@ def test_quantised_weights_are_called_so(folder: Path, method: str) -> None:
         load_causal_lm(folder)
 
 
+@pytest.mark.slow
 def test_every_command_that_takes_a_model_gives_the_same_cause(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     (tmp_path / "text.txt").write_text("some text to read")

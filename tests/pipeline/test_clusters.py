@@ -132,9 +132,24 @@ def one_error(done: subprocess.CompletedProcess[str], expected: str) -> str:
     ("environment", "expected"),
     [
         pytest.param({"RAY_ADDRESS": "127.0.0.1:1"}, "RAY_ADDRESS: nothing answers at 127.0.0.1:1", id="unreachable"),
-        pytest.param({"RAY_ADDRESS": "ray://127.0.0.1:10001"}, "RAY_ADDRESS: got ray://127.0.0.1:10001", id="client"),
-        pytest.param({"RAY_RUNTIME_ENV_HOOK": "no.such"}, "Of Ray's variables RAY_RUNTIME_ENV_HOOK are set", id="hook"),
-        pytest.param({"RAY_TMPDIR": "relative"}, "RAY_TMPDIR: got relative, expected an absolute path", id="relative-folder"),
+        pytest.param(
+            {"RAY_ADDRESS": "ray://127.0.0.1:10001"},
+            "RAY_ADDRESS: got ray://127.0.0.1:10001",
+            id="client",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"RAY_RUNTIME_ENV_HOOK": "no.such"},
+            "Of Ray's variables RAY_RUNTIME_ENV_HOOK are set",
+            id="hook",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"RAY_TMPDIR": "relative"},
+            "RAY_TMPDIR: got relative, expected an absolute path",
+            id="relative-folder",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"RAY_TMPDIR": "/proc/nope"}, "its logs and sockets in /proc/nope/ray", id="folder"),
     ],
 )

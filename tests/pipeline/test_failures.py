@@ -52,7 +52,14 @@ def nasty_store(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [INSPECT, ["verify", "store"], ["status", "store"], ["verify", "store", "--deep"]], ids=" ".join
+    "arguments",
+    [
+        pytest.param(INSPECT, id="inspect store"),
+        *(
+            pytest.param(arguments, id=" ".join(arguments), marks=pytest.mark.slow)
+            for arguments in (["verify", "store"], ["status", "store"], ["verify", "store", "--deep"])
+        ),
+    ],
 )
 @pytest.mark.parametrize("encoding", [pytest.param("utf-8", marks=pytest.mark.slow), "ascii"])
 def test_what_a_store_says_of_itself_is_shown_harmlessly_in_every_encoding(
@@ -191,9 +198,9 @@ def test_no_exception_reaches_the_terminal_as_a_traceback(statement: str, status
 @pytest.mark.parametrize(
     ("redirection", "said"),
     [
-        pytest.param(">/dev/full", "No space left on device", id="full"),
+        pytest.param(">/dev/full", "No space left on device", id="full", marks=pytest.mark.slow),
         pytest.param(">&-", "", id="closed"),
-        pytest.param("2>&-", "", id="no-messages"),
+        pytest.param("2>&-", "", id="no-messages", marks=pytest.mark.slow),
     ],
 )
 def test_output_that_cannot_be_printed_is_no_traceback(redirection: str, said: str, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ for arguments in (
 """
 
 
+@pytest.mark.slow
 def test_a_read_only_store_is_looked_at_and_what_would_write_says_so_in_one_line(tmp_path: Path) -> None:
     source = random_source(small_spec(), [64, 40, 64])
     store, other = write_store(tmp_path / "store", source, "raw"), write_store(tmp_path / "other", source, "raw")

@@ -76,7 +76,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], set[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+ALIKE = {"values-missing", "two-shards"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in DAMAGE])
 def test_exactly_what_is_damaged_is_made_again(name: str, store: Path, made: Path) -> None:
     damage, shards = DAMAGE[name]
     damage(store)

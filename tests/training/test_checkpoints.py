@@ -365,6 +365,7 @@ def test_a_run_whose_checkpoint_could_not_be_written_goes_on_when_there_is_room(
     assert sorted(path.name for path in resumed.out.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.slow
 def test_a_student_whose_weights_are_published_under_other_names_goes_on_from_its_checkpoint(
     store_path: Path, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def refusals(tmp_path: Path, store: Path, student: str, kib: list[int]) -> int:
     return int(on_a_small_disk(tmp_path / "disk", 4, TRAIN, store, student, tmp_path / "whole", *map(str, kib)))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_a_training_in_one_message_and_room_lets_it_finish(
     store_path: Path, student: str, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from training.trainer import run_training
 HOUR_S = 3600.0
 
 
+@pytest.mark.slow
 def test_after_the_clock_was_set_back_the_newest_checkpoints_are_kept(
     store_path: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,7 +34,7 @@ def test_after_the_clock_was_set_back_the_newest_checkpoints_are_kept(
     assert weights(config.out) == weights(straight.out)
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077], ids=["022", "077"])
+@pytest.mark.parametrize("umask", [pytest.param(0o022, id="022"), pytest.param(0o077, id="077", marks=pytest.mark.slow)])
 def test_files_of_a_run_have_the_permissions_that_the_umask_leaves(
     umask: int, store_path: Path, student: str, tmp_path: Path
 ) -> None:

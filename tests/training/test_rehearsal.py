@@ -201,6 +201,7 @@ def test_a_run_leaves_a_link_in_its_folder_alone(store_path: Path, student: str,
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_partial_file_that_is_a_link_is_replaced_and_not_followed(store_path: Path, student: str, tmp_path: Path) -> None:
     config = settings(store_path, student, tmp_path / "run", steps=2)
     run_training(config)
@@ -241,6 +242,7 @@ def test_a_disk_without_room_for_one_checkpoint_and_the_model_is_refused(
     assert re.search(r"too little for the 0\.00 GB they take together at most; make room, or save less often", said[0])
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_replaces_counts_as_room(
     free_bytes: Callable[[int], None], store_path: Path, student: str, tmp_path: Path
 ) -> None:
@@ -309,6 +311,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_once_and_ends_no_run(
     assert (summary.steps, metrics(summary.out)[-1]["step"]) == (8, 8)
 
 
+@pytest.mark.slow
 def test_a_tracker_hears_of_every_line_of_metrics(diary: type[Diary], store_path: Path, student: str, tmp_path: Path) -> None:
     run_training(settings(store_path, student, tmp_path / "run", steps=2, eval_fraction=0, report_to=["diary"]))
     assert diary.events == ["on_train_begin", "on_log", "on_log", "on_log"], "two steps, and the end"
