@@ -132,6 +132,10 @@ class Bucket:
         with contextlib.suppress(FileNotFoundError):
             self._request(key, lambda client: obstore.delete(client, key))
 
+    def rename(self, key: str, to: str) -> None:
+        self.write(to, self.read(key), replace=True)
+        self.delete(key)
+
     def fenced(self, claim: str) -> Bucket:
         return dataclasses.replace(self, claim=claim)
 

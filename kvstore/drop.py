@@ -22,7 +22,7 @@ from kvstore.errors import CorruptShardError, KVStoreError
 from kvstore.lease import EVERYTHING, LAYOUT, lease, sweep_held
 from kvstore.manifest import SAMPLES, Manifest, read_manifest, write_manifest
 from kvstore.reader import Store
-from kvstore.records import INT32_MAX, STRICT, Sha256, bytes_sha256, fingerprint, unseal, write_sealed
+from kvstore.records import INT32_MAX, STRICT, Count, Sha256, bytes_sha256, fingerprint, unseal, write_sealed
 from kvstore.storage import Storage, locate
 from kvstore.writer import ShardWriter
 
@@ -59,6 +59,8 @@ class Dropped:
 
     shards: dict[Sha256, Annotated[int, Field(ge=BEFORE, le=INT32_MAX)]]
     quarantined: dict[Sha256, Quarantined] = dataclasses.field(default_factory=dict)
+    counts: dict[Sha256, Count] = dataclasses.field(default_factory=dict)
+    """How often the part of the data that each was dropped from had it: with these the part's digest can still be compared."""
 
 
 def _read(storage: Storage) -> Dropped:
@@ -83,17 +85,28 @@ def read_quarantined(storage: Storage) -> dict[str, dict[str, str]]:
     return {identity: dataclasses.asdict(entry) for identity, entry in _read(storage).quarantined.items()}
 
 
+def dropped_counts(storage: Storage) -> dict[str, int]:
+    """How often the data had dropped samples, by id, as far as that was kept."""
+    return dict(sorted(_read(storage).counts.items()))
+
+
 def write_dropped(
-    storage: Storage, shards: Mapping[str, int], quarantined: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    storage: Storage,
+    shards: Mapping[str, int],
+    quarantined: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    counts: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Keep the ids of dropped samples; the manifest has their `dropped_fingerprint`.
 
     Args:
         quarantined: what `read_quarantined` gives, of some of them.
+        counts: what `dropped_counts` gives, of some of them.
     """
     body: dict[str, Any] = {"shards": dict(sorted(shards.items()))}
     if quarantined:
         body["quarantined"] = {identity: dict(entry) for identity, entry in sorted(quarantined.items())}
+    if counts:
+        body["counts"] = dict(sorted(counts.items()))
     write_sealed(storage, _DROPPED, body)
 
 
@@ -103,16 +116,23 @@ def dropped_fingerprint(ids: Iterable[str]) -> str | None:
     return fingerprint(dropped) if dropped else None
 
 
-def quarantine_samples(storage: Storage, shard: int, bad: Mapping[str, Mapping[str, str]], purpose: str) -> None:
+def quarantine_samples(
+    storage: Storage,
+    shard: int,
+    bad: Mapping[str, Mapping[str, str]],
+    purpose: str,
+    counts: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     """Drop samples of a shard that is not committed yet, so that it can be committed without them and they never come back.
 
     Args:
         bad: by id, `source` and `reason`; neither may hold the sample's text.
+        counts: how often the part of the data has them, by id.
         purpose: of the caller, who holds the shard; waits for the right to change the manifest.
     """
     with lease(storage, LAYOUT, LAYOUT + 1, purpose, wait=lambda _: None) as held:
         dropped = {**dict.fromkeys(bad, shard), **dropped_shards(held)}
-        write_dropped(held, dropped, {**read_quarantined(held), **bad})
+        write_dropped(held, dropped, {**read_quarantined(held), **bad}, {**counts, **dropped_counts(held)})
         name_dropped(held)
 
 
@@ -156,7 +176,8 @@ def drop_samples(location: str, ids: Collection[str], progress: Callable[[int, i
                 _refuse_damaged(held, commit)
         # What is dropped is written down first: a resumed extraction must not bring it back.
         if dropped != before:
-            write_dropped(held, dropped, read_quarantined(held))
+            counts = {row.id: row.count for commit in commits for row in commit.samples if row.id in gone}
+            write_dropped(held, dropped, read_quarantined(held), {**counts, **dropped_counts(held)})
         manifest = name_dropped(held)
         if touched:
             forget(held, [commit.shard for commit in touched])

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from kvstore.codec import KINDS, Codec, Kind, Quantizer, code_dim, codec_named, storage_dtype
 from kvstore.layout import RowBytes
 from kvstore.records import STRICT
-from kvstore.spec import Dim, Dtype, KVSpec, LayerNumber, LayerSpec
+from kvstore.spec import MAX_LAYERS, Dim, Dtype, KVSpec, LayerNumber, LayerSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Group:
 
     path: Annotated[str, StringConstraints(pattern=r"^(group_[1-9][0-9]{0,4})?$")]
     """Zarr group inside kv.zarr: '' for the root, else 'group_1' and so on."""
-    layers: tuple[LayerNumber, ...]
+    layers: Annotated[tuple[LayerNumber, ...], Field(max_length=MAX_LAYERS)]
     """The teacher's layer numbers; the position is the slot."""
     num_kv_heads: Dim
     key_dim: Dim

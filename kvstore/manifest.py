@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from kvstore.codec import KINDS, Codec, codec_named, parse_codecs
 from kvstore.errors import FingerprintMismatchError, StoreFormatError, StoreNotFoundError
@@ -32,7 +32,7 @@ from kvstore.records import (
     unseal,
     write_sealed,
 )
-from kvstore.spec import KVSpec
+from kvstore.spec import MAX_LAYERS, KVSpec
 from kvstore.storage import MAX_RECORD_BYTES, Storage
 
 SCHEMA_VERSION = 1
@@ -58,7 +58,7 @@ class Manifest:
     teacher: KVSpec
     """All attention layers of the teacher, stored or not: layer maps count depth on them."""
     layout: Layout
-    groups: tuple[Group, ...]
+    groups: Annotated[tuple[Group, ...], Field(max_length=MAX_LAYERS)]
     alignment: dict[str, Any] | None
     """Record of `pipeline.align.Alignment`, None where no student was named."""
     token_arrays: tuple[TokenArrayName, ...]
@@ -98,7 +98,8 @@ class Manifest:
     @property
     def data_parts(self) -> list[dict[str, Any]]:
         """The parts of the data in the order they were added (FORMAT.md 10.1)."""
-        return list(self.data.get("parts", ()))
+        parts: list[dict[str, Any]] = self.data.get("parts", [])
+        return parts
 
     @property
     def is_response_only(self) -> bool:
@@ -200,6 +201,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "spec: not the teacher's layers, although nothing is baked"
     yield from _group_contradictions(manifest)
     yield from _signal_contradictions(manifest)
+    if manifest.alignment is not None:
+        yield from _alignment_contradictions(manifest, manifest.alignment)
     yield from _data_contradictions(manifest)
 
 
@@ -269,6 +272,28 @@ def _signal_contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"signal.{name}: not what the manifest has as {name}"
 
 
+def _alignment_contradictions(manifest: Manifest, record: dict[str, Any]) -> Iterator[str]:
+    """The alignment's teacher is the store's, its map leads from layers there are to layers there are, and a baked store has the geometry
+    of the student layers under the numbers of the teacher layers they are compared with."""
+    teacher, student = (parse(KVSpec, record[side], f"alignment.{side}", "2") for side in ("teacher", "student"))
+    pairs = [(int(ours), int(theirs)) for ours, theirs in record["layer_map"]]
+    if teacher != manifest.teacher:
+        yield "alignment.teacher: not the teacher"
+    first: dict[int, int] = {}
+    for ours, theirs in pairs:
+        first.setdefault(theirs, ours)
+    known = set(student.layer_numbers), set(teacher.layer_numbers)
+    increasing = [ours for ours, _ in pairs] == sorted({ours for ours, _ in pairs})
+    if not pairs or not increasing or not all(ours in known[0] and theirs in known[1] for ours, theirs in pairs):
+        yield f"alignment.layer_map: got {pairs[:8]}, expected student layers in order, each with a layer of the teacher"
+    elif not set(manifest.spec.layer_numbers) <= first.keys():
+        yield f"alignment.layer_map: leads to layers {sorted(first)[:8]}, the store has {list(manifest.spec.layer_numbers)[:8]}"
+    elif record["baked"]:
+        layers = [dataclasses.replace(student.layer(ours), layer=theirs) for theirs, ours in sorted(first.items())]
+        if dataclasses.replace(student, layers=tuple(layers), dtype=teacher.dtype) != manifest.spec:
+            yield "spec: not the geometry of the alignment's student, although it is baked"
+
+
 def _data_contradictions(manifest: Manifest) -> Iterator[str]:
     parts, shards = manifest.data_parts, 0
     for number, part in enumerate(parts):
@@ -277,6 +302,8 @@ def _data_contradictions(manifest: Manifest) -> Iterator[str]:
         shards = part["first_shard"] + part["num_shards"]
     if parts and shards != manifest.layout.num_shards:
         yield f"data.parts: have {shards} shards, layout.num_shards says {manifest.layout.num_shards} (FORMAT.md 10.1)"
+    if "capture_version" in manifest.signal and not parts:
+        yield "data.parts: none, although an extraction made the store (FORMAT.md 10.1)"
     first = [run["first_part"] for run in manifest.runs]
     if first != sorted(set(first)) or bool(parts) != bool(first) or (first and (first[0] or first[-1] >= len(parts))):
         yield f"runs: begin with parts {first[:8]}, expected increasing numbers from 0 to below {len(parts)} (FORMAT.md 10.6)"

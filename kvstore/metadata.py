@@ -195,7 +195,7 @@ def _array_problems(manifest: Manifest, expected: ArraySpec, document: Mapping[s
         if type(length) is not int or length < layout.num_tokens or length % layout.shard_tokens:
             yield (
                 f"token axis of {length!r:.40}, expected {layout.num_tokens} or more by whole shards of {layout.shard_tokens}; it was "
-                "changed, or the manifest is newer than the arrays. Restore them"
+                "changed, or the manifest is newer than the arrays. 'kvpipe repair' mends it"
             )
     chunk = expected.shape if expected.shard is None else expected.shard
     wanted = {

@@ -68,6 +68,8 @@ class SourceRecord(TypedDict):
 
     location: Text
     fingerprint: Sha256
+    codec: NotRequired[Text]
+    student: NotRequired[Text]
 
 
 @with_config(STRICT)

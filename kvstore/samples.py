@@ -52,6 +52,8 @@ HASH_DIGITS = 16
 _SUMMARY = re.compile(rf"{SAMPLES}/summary-(?P<part>[0-9a-f]{{{HASH_DIGITS}}})-(?P<own>[0-9a-f]{{{HASH_DIGITS}}})\.parquet")
 _PART = re.compile(rf"{SAMPLES}/part-(?P<own>[0-9a-f]{{{HASH_DIGITS}}})\.parquet")
 _MAY_BE_NULL = {"text"}
+_MOST_TABLE_BYTES = 2**29
+"""A part has some 16 MiB of rows, or one shard's; more, when it is decompressed, is there to fill memory."""
 _REMEDY = "'kvpipe repair' rebuilds it from commits/, and so does deleting the files in samples/ and extracting again"
 
 
@@ -126,8 +128,9 @@ def _read_table(storage: Storage, key: str, schema: pa.Schema, columns: Sequence
         found = file.schema_arrow
         if found.names != schema.names or found.types != schema.types:
             raise StoreFormatError(f"got columns {found.names} of {[*map(str, found.types)]}, expected {_described(schema)}")
-        if file.metadata.num_rows > len(content):
-            raise StoreFormatError(f"got {file.metadata.num_rows:,} rows in {len(content):,} bytes")
+        size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups))
+        if file.metadata.num_rows > len(content) or not 0 <= size <= _MOST_TABLE_BYTES:
+            raise StoreFormatError(f"got {file.metadata.num_rows:,} rows of {size:,} bytes in {len(content):,} bytes")
         table = file.read(columns, use_threads=False).select(columns)
         table.validate(full=True)
         if nulls := [name for name in columns if name not in _MAY_BE_NULL and table[name].null_count]:
@@ -280,7 +283,10 @@ class SampleTable:
                         f"{self._storage.location}/{key}: column {column!r} is not what its summary says; it is damaged. {_REMEDY}"
                     )
             tables.append(table.filter(pa.array(np.isin(table["shard"].to_numpy(), list(shards)))))
-        table = pa.concat_tables(tables).sort_by([("shard", "ascending"), ("token_start", "ascending")])
+        try:
+            table = pa.concat_tables(tables).sort_by([("shard", "ascending"), ("token_start", "ascending")])
+        except (pa.ArrowException, MemoryError) as error:
+            raise StoreFormatError(f"{self._storage.location}/{SAMPLES}: {error}; {_REMEDY}") from error
         if len(table) != len(self):
             raise StoreFormatError(
                 f"{self._storage.location}/{SAMPLES}: {len(table)} rows, the summaries say {len(self)}; {_REMEDY}"

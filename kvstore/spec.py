@@ -17,6 +17,7 @@ from kvstore.records import STRICT, differences, parse, plain
 KeyDomain = Literal["pre_rope", "post_rope"]
 RopeKind = Literal["half", "interleaved"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+MAX_LAYERS = 2048
 LayerNumber = Annotated[int, Field(ge=0, lt=2**16)]
 Dim = Annotated[int, Field(ge=1, le=2**16)]
 """Heads of a layer, or channels of a head."""
@@ -73,9 +74,9 @@ class KVSpec:
 
     __pydantic_config__ = STRICT
 
-    layers: tuple[LayerSpec, ...]
+    layers: Annotated[tuple[LayerSpec, ...], Field(max_length=MAX_LAYERS)]
     """In increasing order of layer number."""
-    ropes: tuple[RopeSpec, ...]
+    ropes: Annotated[tuple[RopeSpec, ...], Field(max_length=MAX_LAYERS)]
     """The distinct rotary embeddings the layers refer to."""
     key_domain: KeyDomain = "pre_rope"
     """Whether keys, and values of latent layers, are given before or after rotation."""
@@ -184,8 +185,7 @@ def parse_layers(text: str, available: Iterable[int]) -> tuple[int, ...]:
                 f"layers: got {text!r}, expected 'all' or a list such as '0,4,8-11' or '-1' for the last of "
                 f"{format_layers(known)}"
             ) from None
-        missing = sorted(set(wanted) - set(known))
-        if missing or not wanted:
+        if not wanted or not known or wanted[0] < known[0] or wanted[-1] > known[-1] or set(wanted) - set(known):
             raise ValueError(f"layers: got {part!r}, but the model has layers {format_layers(known)}")
         chosen.update(wanted)
     return tuple(sorted(chosen))

@@ -81,6 +81,9 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Remove a file; it may be gone already."""
 
+    def rename(self, key: str, to: str) -> None:
+        """Give a file of this place another name; a link is renamed, not followed."""
+
     def fenced(self, claim: str) -> Storage:
         """The same place for the holder of a claim (`lease`): every write and delete fails once the claim has been taken over."""
 
@@ -233,6 +236,11 @@ class Folder:
             else:
                 taken.unlink()
 
+    def rename(self, key: str, to: str) -> None:
+        self._refuse_links(key)
+        self._refuse_links(to)
+        (self.root / key).rename(self.root / to)
+
     def delete_folder(self, key: str) -> None:
         """Remove a folder below the staging area with all that lies in it, but nothing behind a link."""
         self._refuse_links(f"{key}/any")
@@ -246,7 +254,8 @@ class Folder:
         folder = staging / f"{SCRATCH}{self.claim or 'free'}-{stem}-{secrets.token_hex(8)}"
         folder.mkdir()
         try:
-            yield folder
+            with self._fence():
+                yield folder
         except OSError as error:
             raise named(error, folder) from error.__cause__
         finally:

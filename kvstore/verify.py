@@ -14,13 +14,13 @@ import pyarrow as pa
 
 from kvstore.arrays import read_calibration, read_small_array
 from kvstore.commits import Commit, commit_key, committed_shards, contradictions, read_commit
-from kvstore.drop import dropped_shards
+from kvstore.drop import dropped_counts, dropped_shards
 from kvstore.errors import KVStoreError, StoreNotFoundError
 from kvstore.gate import read_gate
 from kvstore.lease import Claim, claims
 from kvstore.manifest import ARRAYS, GATE, PROJECTION, SAMPLES, TOKENIZER, Manifest, data_record, read_beside, read_manifest
 from kvstore.metadata import array_key, metadata_problems
-from kvstore.records import bytes_sha256, fingerprint, plain
+from kvstore.records import bytes_sha256, fingerprint
 from kvstore.repeats import read_part_repeats, read_repeats
 from kvstore.samples import (
     HASH_DIGITS,
@@ -244,24 +244,44 @@ class _Verification:
         """The samples and counts of each part, as far as all of them are here, must be those the manifest was planned for."""
         by_shard = {commit.shard: commit for commit in commits}
         lengths = {row.id: row.num_tokens for commit in commits for row in commit.samples}
-        gone = set(self._dropped.values())
+        counts: dict[str, int] = {}
+        with contextlib.suppress(KVStoreError):  # a list that cannot be read is a problem already
+            counts = dropped_counts(self._storage)
+        by_part: dict[int, list[str]] = {}
+        for identity, shard in self._dropped.items():
+            by_part.setdefault(shard, []).append(identity)
         for number, part in enumerate(manifest.data_parts):
             shards = range(part["first_shard"], part["first_shard"] + part["num_shards"])
             with contextlib.suppress(KVStoreError):  # repeats that cannot be read are a problem already
                 found = dict(read_part_repeats(self._storage, manifest, number))
-                if len(by_shard.keys() & set(shards[: len(by_shard) + 1])) < len(shards) or not found.keys() <= lengths.keys():
+                if len(by_shard.keys() & set(shards[: len(by_shard) + 1])) < len(shards):
                     continue
-                if gone.intersection(shards):
-                    continue  # how often a dropped sample came is not known any more
                 found |= {row.id: row.count for shard in shards for row in by_shard[shard].samples}
-                rows = ((identity, found[identity], lengths[identity]) for identity in sorted(found))
-                actual = plain(data_record(rows, part["seq_len"]))
-                if wrong := [name for name, value in actual.items() if part.get(name) != value]:
+                gone = [identity for shard, ids in by_part.items() if shard in shards for identity in ids]
+                wrong = [] if len(found) + len(set(gone) - found.keys()) == part["num_samples"] else ["num_samples"]
+                if sum(lengths.get(identity, 0) for identity in found) > part["num_tokens"]:
+                    wrong.append("num_tokens")
+                if counts.keys() >= set(gone):
+                    found |= {identity: counts[identity] for identity in gone}
+                    rows = ((identity, found[identity], 1) for identity in sorted(found))
+                    if data_record(rows, part["seq_len"])["samples"] != part["samples"]:
+                        wrong.append("samples")
+                    if (
+                        not gone
+                        and found.keys() <= lengths.keys()
+                        and sum(map(lengths.__getitem__, found)) != part["num_tokens"]
+                    ):
+                        wrong.append("num_tokens")
+                if wrong:
                     self._add(
                         "data",
                         f"part {number} of the data, shards {shards.start} to {shards.stop - 1}: {', '.join(wrong)} of its samples are not what "
                         "the manifest says: ids or counts were changed, or shards are of another store",
                     )
+        if not manifest.data_parts and any(
+            entry.key.startswith(f"{SAMPLES}/repeats-") for entry in self._storage.entries(SAMPLES)
+        ):
+            self._add("tables", f"{SAMPLES}/: counts of repeats are here, but the manifest has no parts of the data")
 
     def _strangers(self, manifest: Manifest, commits: list[Commit], keys: list[str], living: dict[str, Claim]) -> Strangers:
         """Files nobody needs; while others write, what they are writing is not counted."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
-from kvstore.arrays import chunk_bytes, index_bytes, shard_key
-from kvstore.codec import KINDS, Kind, saturated
+from kvstore.arrays import index_bytes, shard_key
+from kvstore.codec import KINDS
 from kvstore.commits import Commit, StoredObject, sample_id
 from kvstore.errors import KVStoreError
-from kvstore.groups import Group
 from kvstore.manifest import Manifest
-from kvstore.metadata import array_key, array_keys
+from kvstore.metadata import array_keys
 from kvstore.reader import Store
 from kvstore.records import bytes_sha256
 from kvstore.spec import KVSpec
@@ -47,7 +45,7 @@ class ShardVerifier:
             return False
         good = True
         for stored in commit.objects:
-            problem = self._object_problem(commit, stored, arrays[stored.path])
+            problem = self._object_problem(stored, arrays[stored.path])
             self._done(self.num_bytes)
             if problem:
                 good = False
@@ -55,7 +53,7 @@ class ShardVerifier:
                 self._add("shard", f"shard {commit.shard}: {stored.path}: {problem} (samples {samples} ...)", commit.shard)
         return good
 
-    def _object_problem(self, commit: Commit, stored: StoredObject, array: str) -> str | None:
+    def _object_problem(self, stored: StoredObject, array: str) -> str | None:
         """What tells one file of a shard from the one that was committed."""
         try:
             size = self._storage.size(stored.path)
@@ -72,7 +70,7 @@ class ShardVerifier:
         end_bytes = index_bytes(self._manifest, array)
         if len(content) < end_bytes or bytes_sha256(content[-end_bytes:]) != stored.index_sha256:
             return "its index does not hash to what the record says"
-        return _bits_problem(self._manifest, commit, array, content)
+        return None
 
     def decode(self, commit: Commit, good: bool) -> None:
         """Read every sample of a shard through the codecs, all at once, and one by one where that fails.
@@ -80,45 +78,23 @@ class ShardVerifier:
         Args:
             good: whether its files are those committed; of others the damaged samples are named, where the files are whole.
         """
-        ends: Counter[tuple[int, Kind]] = Counter()
         try:
             store = Store(self._storage, [commit])
             store.verify_shard(commit.shard)
             blocks = _blocks(self._manifest.spec)
-            whole = [
-                self._decode_samples(store, list(range(first, min(first + 16, len(store)))), blocks, ends)
-                for first in range(0, len(store), 16)
-            ]
+            for first in range(0, len(store), 16):
+                self._decode_samples(store, list(range(first, min(first + 16, len(store)))), blocks)
         except KVStoreError as error:
             if good:
                 self._add("shard", f"shard {commit.shard}: {error}", commit.shard)
-            return
-        if all(whole):
-            for (layer, kind), count in ends.items():
-                share = count / _num_values(self._manifest, commit, layer, kind)
-                if commit.fidelity[str(layer)][kind]["saturation"] != share:
-                    told = commit.fidelity[str(layer)][kind]["saturation"]
-                    self._add(
-                        "commit",
-                        f"shard {commit.shard}: saturation of layer {layer}, {kind} is {share}, its record says {told}",
-                        commit.shard,
-                    )
 
-    def _decode_samples(
-        self, store: Store, indices: list[int], blocks: list[list[int]], ends: Counter[tuple[int, Kind]]
-    ) -> bool:
-        """Whether all of them are good; codes at an end of their range are counted."""
+    def _decode_samples(self, store: Store, indices: list[int], blocks: list[list[int]]) -> None:
         try:
             for block in blocks:
-                codes = store.read_codes(indices, block)
-                batch = store.decode(codes, block)
+                batch = store.read(indices, block)
                 for kind in KINDS:
                     if not np.isfinite(getattr(batch, kind)).all():
                         raise KVStoreError(f"layers {block}, {kind}: NaN or infinity among the decoded values")
-                    for layer in block:
-                        group, slot = store.manifest.group_of(layer)
-                        row = sorted(group.layers.index(one) for one in block if one in group.layers).index(slot)
-                        ends[layer, kind] += saturated(group.quantizer(kind), codes.codes[group.path, kind][row])
             for position, index in enumerate(indices):
                 tokens = batch.input_ids[batch.cu_seqlens[position] : batch.cu_seqlens[position + 1]]
                 if sample_id(tokens) != store.samples.ids[index]:
@@ -126,12 +102,10 @@ class ShardVerifier:
         except KVStoreError as error:
             if len(indices) > 1:
                 for index in indices:
-                    self._decode_samples(store, [index], blocks, ends)
-                return False
+                    self._decode_samples(store, [index], blocks)
+                return
             shard, sample = int(store.samples.shard[indices[0]]), store.samples.ids[indices[0]]
             self._add("shard", f"shard {shard}, sample {sample}: {error}", shard, sample)
-            return False
-        return True
 
 
 def _blocks(spec: KVSpec) -> list[list[int]]:
@@ -140,26 +114,3 @@ def _blocks(spec: KVSpec) -> list[list[int]]:
     for layer in spec.layers:
         blocks.setdefault(layer.geometry, []).append(layer.layer)
     return list(blocks.values())
-
-
-def _num_values(manifest: Manifest, commit: Commit, layer: int, kind: Kind) -> int:
-    group: Group = manifest.group_of(layer)[0]
-    return commit.num_tokens * group.num_kv_heads * group.dim(kind)
-
-
-def _bits_problem(manifest: Manifest, commit: Commit, array: str, content: bytes) -> str | None:
-    """The record's bits per value follow from the sizes in the index."""
-    if not commit.samples:
-        return None  # objects of none are a contradiction in the record itself
-    for group in manifest.groups:
-        for kind in KINDS:
-            if array_key(group, group.array(kind)) != array:
-                continue
-            chunks = manifest.layout.shard_tokens // manifest.layout.chunk_tokens
-            for layer, size in zip(group.layers, chunk_bytes(content, len(group.layers), chunks), strict=True):
-                bits = 8.0 * size / _num_values(manifest, commit, layer, kind)
-                measured = commit.fidelity.get(str(layer), {}).get(kind)
-                told = measured["bits"] if measured else None
-                if bits != told:
-                    return f"layer {layer}, {kind} takes {bits} bits a value, its record says {told}"
-    return None

@@ -89,8 +89,7 @@ def repair_store(
             _recorded_config(read_manifest(held), held.location, shard, settings or {}, lambda _: None)
         removed = _remove_orphans(held, found)
         for key in found.unlisted:
-            held.write(f"{key}.unlisted", held.read(key), replace=True)
-            held.delete(key)
+            held.rename(key, f"{key}.unlisted")
             say(f"put aside, because the manifest does not list it: {key} is now {key}.unlisted")
         known, lost = _sort_bad_shards(held, found)
         if any(problem.part == "tables" for problem in found.problems) or found.bad_shards:

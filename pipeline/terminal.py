@@ -118,16 +118,19 @@ def growth_lines(record: dict[str, Any]) -> dict[str, str]:
     if record["recoded_from"]:
         origin = record["recoded_from"]
         lines["recoded"] = (
-            f"from {origin['codec']} in {origin['location']} ({origin['fingerprint'][:8]}); errors are of both codecs"
+            f"from {origin.get('codec', 'another codec')} in {origin['location']} ({origin['fingerprint'][:8]}); errors are of both codecs"
         )
     if record["aligned_from"]:
         origin = record["aligned_from"]
-        lines["aligned"] = f"to {origin['student']} from {origin['location']} ({origin['fingerprint'][:8]})"
+        lines["aligned"] = f"to {origin.get('student', 'a student')} from {origin['location']} ({origin['fingerprint'][:8]})"
     for when, result in record["gate"].items():
-        lines[f"gate {when}"] = (
-            f"KL {result['kl']:.2g} nats per token, perplexity {100 * result['perplexity_change']:+.2f} %, top-1 agreement "
-            f"{result['top1_agreement']:.3f}: {'passed' if result['passed'] else 'NOT passed'} (limit {result['limit']:g})"
-        )
+        found = [
+            *([f"KL {result['kl']:.2g} nats per token"] if "kl" in result else []),
+            *([f"perplexity {100 * result['perplexity_change']:+.2f} %"] if "perplexity_change" in result else []),
+            *([f"top-1 agreement {result['top1_agreement']:.3f}"] if "top1_agreement" in result else []),
+        ]
+        limit = f" (limit {result['limit']:g})" if "limit" in result else ""
+        lines[f"gate {when}"] = f"{', '.join(found)}: {'passed' if result.get('passed') else 'NOT passed'}{limit}"
     return {name: in_line(text) for name, text in lines.items()}
 
 

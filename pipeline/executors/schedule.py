@@ -343,7 +343,8 @@ class _Round:
         self._of.bad.update({sample.id: sample for sample in bad})
         if self._method == "run":
             records = {sample.id: {"source": sample.source, "reason": sample.reason} for sample in bad}
-            quarantine_samples(locate(self._job.store), item.task.shard, records, "kvpipe extract")
+            counts = {sample.row.id: sample.row.count for sample in item.task.samples if sample.row.id in records}
+            quarantine_samples(locate(self._job.store), item.task.shard, records, "kvpipe extract", counts)
             item.bad += bad
         item.task = without(item.task, {sample.id for sample in bad})
 

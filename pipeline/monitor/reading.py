@@ -18,8 +18,10 @@ WAITING = "waiting"
 WINDOW_S = 60.0
 """Rates and shares are those of the last minute at least."""
 
-Seconds = Annotated[float, Field(ge=0, le=2**36)]
-Rate = Annotated[float, Field(ge=0)]
+LONGEST_S = 2.0**36
+"""Two thousand years: more is no time."""
+Seconds = Annotated[float, Field(ge=0, le=LONGEST_S)]
+Rate = Annotated[float, Field(ge=0, le=1e15)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class Reading:
     """What this run has still to do; None where the end of the data is not known."""
     tokens_per_s: Rate | None
     """None until a task came back that was computed, not only written because calibration had computed it."""
-    shares: Mapping[str, float]
+    shares: Mapping[str, Annotated[float, Field(ge=0, le=1e6)]]
     """Of the workers' time, by stage. Stages overlap, so that the sum may pass 1."""
     bottleneck: str | None
     """The busiest stage, or `waiting`."""

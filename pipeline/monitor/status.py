@@ -18,7 +18,7 @@ from kvstore.lease import Holder, holders
 from kvstore.manifest import COMMITS, Manifest, read_manifest
 from kvstore.samples import listed_shards
 from kvstore.storage import Storage, locate
-from pipeline.monitor.reading import WINDOW_S, Reading
+from pipeline.monitor.reading import LONGEST_S, WINDOW_S, Reading
 from pipeline.monitor.run_log import LogReader
 
 State = Literal["starting", "running", "stopped", "complete"]
@@ -113,7 +113,7 @@ class StatusReader:
             left_tokens=left,
             stored_bytes=sum(stored for _, stored in sizes.values()),
             tokens_per_s=rate,
-            eta_s=left / rate if rate and left is not None else None,
+            eta_s=left / rate if rate and left is not None and left / rate <= LONGEST_S else None,
             shares=reading.shares if reading else {},
             bottleneck=reading.bottleneck if reading else None,
             device=str(last[0].get("device", "")) if last else "",
