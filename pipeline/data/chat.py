@@ -67,7 +67,7 @@ def render(
 
     Raises:
         BadRowError: the template refuses the conversation, or it cannot be told which tokens are whose.
-        ValueError: the tokenizer has no template.
+        ValueError: the tokenizer has no template, or one that does not compile.
     """
     template_fingerprint(tokenizer)
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
@@ -111,6 +111,11 @@ def _apply(
         return str(
             tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **variables)
         )
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat_template of the teacher's tokenizer is no Jinja that compiles: got {error.message!r} in its line {error.lineno}, so no "
+            "conversation can be rendered; mend the template in the teacher's folder"
+        ) from error
     # What a template's own code may raise of what it is given.
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         roles = ", ".join(str(turn["role"]) for turn in turns[:8]) + (", ..." if len(turns) > 8 else "")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.chat import ROLES, render, template_fingerprint
 from pipeline.data.documents import Document, Message
+from pipeline.data.notes import Notes
 from pipeline.data.samples import Cutter
 from tests.checkpoints import byte_tokenizer
 
@@ -137,3 +138,12 @@ def test_a_long_conversation_is_cut_with_its_masks(overlap: int) -> None:
         assert not sample.loss_mask[: overlap if number else 0].any()
     assert ids == whole.input_ids.tolist()
     assert mask == whole.loss_mask.tolist()
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{% if %}", "{{ messages | nonsense }}"])
+def test_a_template_that_does_not_compile_is_a_fault_of_the_teacher_and_of_no_row(template: str) -> None:
+    documents = [Document(source="a:0", messages=turns("Hi", "Hello!"))]
+    cutter = Cutter(tokenizer=tokenizer_with(template), seq_len=64, notes=Notes(leaves_out=True))
+    with pytest.raises(ValueError, match=r"^the chat_template of the teacher's tokenizer .* in its line 1, .*mend the template"):
+        list(cutter.samples(documents))
+    assert cutter.notes.num_left_out == 0
