@@ -38,7 +38,8 @@ class Conversation(NamedTuple):
     role: UInt8[np.ndarray, "token"]
     """Number in `ROLES` of the message a token belongs to."""
     loss_mask: UInt8[np.ndarray, "token"]
-    """1 for what the assistant generates: its content, calls and reasoning, and the special token that ends its turn."""
+    """1 for what the assistant generates: its content, calls and reasoning, and the special token that ends its turn; 0 in
+    a turn that says `weight` 0 or `train` false."""
 
 
 def template_fingerprint(tokenizer: Any) -> str:
@@ -85,7 +86,7 @@ def render(
         number = _NUMBERS.get(message.role, 0)
         stop = _end_of_turn(tokenizer, text, stop)
         of_character[start:stop] = number
-        generated[start:stop] = number == ASSISTANT
+        generated[start:stop] = number == ASSISTANT and message.is_learnt
     # A token is whose its last character is: a space before a word is part of the word's token.
     last = np.array([stop - 1 if stop > first else len(text) for first, stop in offsets], dtype=np.int64)
     return Conversation(

@@ -121,7 +121,9 @@ class Cutter:
         """Count what of a conversation is not learnt from though somebody may expect it."""
         assert document.messages is not None
         if not found.loss_mask.any():
-            self.notes.count("a conversation in which no assistant speaks, so there is nothing to learn from it")
+            held_back = any(not message.is_learnt for message in document.messages)
+            why = "whose assistant's turns say 'weight' 0 or 'train' false" if held_back else "in which no assistant speaks"
+            self.notes.count(f"a conversation {why}, so there is nothing to learn from it")
         for message in document.messages:
             if message.role.lower() not in ROLES:
                 self.notes.count(

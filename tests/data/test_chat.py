@@ -13,6 +13,7 @@ from pipeline.data.chat import ROLES, render, template_fingerprint
 from pipeline.data.documents import Document, Message
 from pipeline.data.notes import Notes
 from pipeline.data.samples import Cutter
+from pipeline.data.turns import conversation
 from tests.checkpoints import byte_tokenizer
 
 CHATML = (
@@ -147,3 +148,20 @@ def test_a_template_that_does_not_compile_is_a_fault_of_the_teacher_and_of_no_ro
     with pytest.raises(ValueError, match=r"^the chat_template of the teacher's tokenizer .* in its line 1, .*mend the template"):
         list(cutter.samples(documents))
     assert cutter.notes.num_left_out == 0
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+def test_a_turn_that_says_so_is_not_learnt_from(key: dict[str, Any]) -> None:
+    said = [{"role": "user", "content": "Hi", "weight": "70 kg"}, {"role": "assistant", "content": "Hello!", **key}]
+    said += [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "Bye.", "weight": 1, "train": True}]
+    messages, _ = conversation({"messages": said}, "messages")
+    tokenizer = tokenizer_with(CHATML)
+    found = render(tokenizer, messages, "here")
+    assert tokenizer.decode(found.input_ids[found.loss_mask == 1]) == "Bye.<|im_end|>"
+    assert spoken(tokenizer, messages, "assistant") == "Hello!<|im_end|>Bye.<|im_end|>"
+
+
+@pytest.mark.parametrize("key", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"train": [0]}])
+def test_another_value_there_is_refused_with_turn_and_field(key: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"turn 1 of 1 \(assistant\) has .* in '{next(iter(key))}', expected 1 or true"):
+        conversation({"messages": [{"role": "assistant", "content": "Hello!", **key}]}, "messages")
