@@ -301,7 +301,12 @@ def test_segments_of_none_are_interpolation_as_a_whole() -> None:
         pytest.param([(0, 2), (3, 5)], [2, 2], "follow each other from 0 on", id="gap"),
         pytest.param([(0, 3), (2, 5)], [2, 2], "follow each other from 0 on", id="overlap"),
         pytest.param([6, -1], [2, 2], "lengths of at least 0", id="negative"),
-        pytest.param([5, 0], [3, 1], "got segment 1 without tokens in teacher_segments and with 1 in .* an empty sequence cannot be", id="empty"),
+        pytest.param(
+            [5, 0],
+            [3, 1],
+            "got segment 1 without tokens in teacher_segments and with 1 in .* an empty sequence cannot be",
+            id="empty",
+        ),
         pytest.param([], [], r"T_out=4", id="none"),
     ],
 )

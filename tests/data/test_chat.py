@@ -145,7 +145,9 @@ def test_a_long_conversation_is_cut_with_its_masks(overlap: int) -> None:
 def test_a_template_that_does_not_compile_is_a_fault_of_the_teacher_and_of_no_row(template: str) -> None:
     documents = [Document(source="a:0", messages=turns("Hi", "Hello!"))]
     cutter = Cutter(tokenizer=tokenizer_with(template), seq_len=64, notes=Notes(leaves_out=True))
-    with pytest.raises(ValueError, match=r"^the chat_template of the teacher's tokenizer .* in its line 1, .*mend the template"):
+    with pytest.raises(
+        ValueError, match=r"^the chat_template of the teacher's tokenizer .* in its line 1, .*mend the template"
+    ):
         list(cutter.samples(documents))
     assert cutter.notes.num_left_out == 0
 
