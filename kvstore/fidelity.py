@@ -112,12 +112,13 @@ def refuse_lossy(
         error, limit = typical_error(measured[:, usual]), error_limit(quantizer)
         if error > limit:
             loudest = int(np.argmax(np.where(usual, measured[0], -1.0)))
+            asked = manifest.signal.get("codec", manifest.codec_of(layer).name)
             identity, _ = samples[int(np.searchsorted(np.cumsum(lengths), loudest, side="right"))]
             raise FidelityError(
                 f"layer {layer}, {kind}: the codec changes a typical token by {error:.0%} of what sets it apart, expected at most "
                 f"{limit:.0%} (median of {int(usual.sum()):,} tokens). The largest, in sample {identity[:12]}, is "
                 f"{_times(measured[0, usual]):,.3g} times as large: such values take the steps from all others. Take that sample out "
-                f"with 'kvpipe drop', use a --codec like 'mix,{layer}=raw', or --accept-fidelity to store it all the same"
+                f"with 'kvpipe drop', use --codec '{asked},{layer}=raw', or --accept-fidelity to store it all the same"
             )
 
 

@@ -247,9 +247,11 @@ def _tokens(
         return "none", 0.0, (50, 50)
     same, spans = source.same_as(target), sample.spans
     if not same:
+        differences = "; ".join(tokenizer_differences(ours.tokenizer, tokenizer))
         findings.append(
             Finding(
-                what=f"{ours.name} has another tokenizer: {len(sample.input_ids):,} tokens where {theirs.name} has {len(ids):,}",
+                what=f"{ours.name} has another tokenizer: {len(sample.input_ids):,} tokens where {theirs.name} has {len(ids):,} (student "
+                f"against teacher: {differences})",
                 fix=f"extract a raw store, then 'kvpipe align STORE --student {ours.name} --out ALIGNED' and train from that",
                 fatal=False,
             )

@@ -39,7 +39,7 @@ from pipeline.executors import Executor, RayExecutor, SerialExecutor
 from pipeline.flow import PURPOSE, TaskFlow, share_size
 from pipeline.heap import trim_heap
 from pipeline.identity import signal_record
-from pipeline.models.load import build_student, geometry_mismatch, load_config, load_tokenizer
+from pipeline.models.load import build_student, geometry_mismatch, load_config, load_tokenizer, tokenizer_code
 from pipeline.models.probe import probe_kv_spec
 from pipeline.models.resolve import ResolvedModel
 from pipeline.monitor.progress import Progress
@@ -96,6 +96,8 @@ def extract(
         for problem in geometry_mismatch(resolved.preset, model_config):
             say(f"warning: {problem}")
     tokenizer = load_tokenizer(resolved.path)
+    if code := tokenizer_code(resolved.path):
+        say(f"warning: {code}")
     limits = model_config.get_text_config()
     longest = min(config.seq_len, limits.max_position_embeddings)
     if longest < config.seq_len:

@@ -16,8 +16,8 @@ def configs_dir() -> Path:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether two names of models differ in case at most, or one of them leaves the organisation out."""
-    one, other = one.casefold(), other.casefold()
+    """Whether two names of models differ in case, in - and _ and in spaces around them at most, or one of them leaves the organisation out."""
+    one, other = (name.strip().casefold().replace("_", "-") for name in (one, other))
     if ("/" in one) == ("/" in other):
         return one == other
     return one.rpartition("/")[2] == other.rpartition("/")[2]
@@ -32,7 +32,7 @@ def close_names(name: str, names: Iterable[str]) -> list[str]:
 def find_preset(folder: Path, name: str) -> Path | None:
     """The TOML file in `folder` that `name` means, None if there is none.
 
-    A preset is called by its file's name or by its repository's, in any case, with or without the organisation.
+    A preset is called by its file's name or by its repository's, in any case, with - or _, with or without the organisation.
 
     Raises:
         ValueError: several presets have that name; they are listed.

@@ -154,7 +154,10 @@ def match_layers(store: str, student: str, tokens: int, as_json: bool) -> None:
 @click.command()
 @click.argument("store")
 @click.option(
-    "--ids", required=True, type=click.Path(path_type=Path, allow_dash=True), help="File of sample ids, '-' for stdin."
+    "--ids",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path, allow_dash=True),
+    help="File of sample ids, '-' for stdin.",
 )
 @_json
 def drop(store: str, ids: Path, as_json: bool) -> None:

@@ -73,6 +73,12 @@ def settle_generation(model: PreTrainedModel) -> list[str]:
     return dropped
 
 
+def negative_tokens(settings: GenerationConfig | None) -> list[str]:
+    """Special tokens of generation settings that are negative numbers, which name no token."""
+    given = {name: getattr(settings, name, None) for name in _TOKENS}
+    return [name for name, ids in given.items() if any(token < 0 for token in (ids if isinstance(ids, list) else [ids or 0]))]
+
+
 def _is_consistent(settings: GenerationConfig) -> bool:
     try:
         settings.validate(strict=True)

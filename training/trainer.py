@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from kvstore.errors import ShardNotCommittedError
 from kvstore.spec import format_layers
+from pipeline.models.load import tokenizer_code
 from training.adapters import ADAPTERS, KVAdapters
 from training.checkpoint_files import refuse_damaged
 from training.config import TrainConfig
@@ -27,7 +28,7 @@ from training.distill import KVDistillTrainer, KVObjective, TrainData
 from training.handover import quick_handover
 from training.mixture import Readable, fingerprint_of, open_stores, sample_table, stores_of
 from training.planning import plan_data, plan_objective, rank_of, refuse_nothing_to_learn
-from training.rehearsal import refuse_full_disk, rehearse_checkpoint, rehearse_saving, settle_generation
+from training.rehearsal import negative_tokens, refuse_full_disk, rehearse_checkpoint, rehearse_saving, settle_generation
 from training.report import plot_runs
 from training.run_folder import FREE_FIELDS, PLOT, RunFolder, TrainSummary, to_plain, writing
 from training.student import (
@@ -78,6 +79,8 @@ def _train(config: TrainConfig, folder: RunFolder, store: Readable, say: Callabl
     table = sample_table(store, sink_tokens=config.sink_tokens)
     refuse_nothing_to_learn(store, config, table)
     tokenizer = store_tokenizer(store)
+    if store.tokenizer_path is not None and (code := tokenizer_code(store.tokenizer_path)):
+        say(f"warning: {code}")
     trackers = make_trackers(config.report_to, say)
     model = _student(config, store, tokenizer, say)
     objective = plan_objective(config, store, model, folder)
@@ -120,11 +123,15 @@ def _student(
 ) -> PreTrainedModel:
     """The student to train, known to be one that can be saved at the end."""
     model = prepare_student(config.student, store, tokenizer, config.seed, config.lora_rank)
-    if dropped := settle_generation(model):
-        say(
-            f"student: of its generation settings {', '.join(dropped)} contradict the others, and transformers would not save them: they are left "
-            "out"
-        )
+    given = model.generation_config
+    dropped = settle_generation(model)
+    negative = [name for name in negative_tokens(given) if name in dropped]
+    contrary = [name for name in dropped if name not in negative]
+    for names, what in ((negative, "are negative, which names no token"), (contrary, "contradict the others")):
+        if names:
+            say(
+                f"student: of its generation settings {', '.join(names)} {what}, and transformers would not save them: they are left out"
+            )
     if _is_main():
         rehearse_saving(model, tokenizer, config.out, say)
     if config.lora_rank is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -26,9 +27,11 @@ def linear_positions(
     Raises:
         ValueError: a negative length, or tokens asked of an empty sequence.
     """
-    if T_in < 0 or T_out < 0 or (T_in == 0 and T_out > 0):
+    if T_in < 0 or T_out < 0:
+        raise ValueError(f"time axis: got T_in={T_in}, T_out={T_out}, expected numbers of tokens of at least 0")
+    if T_in == 0 and T_out > 0:
         raise ValueError(
-            f"time axis: got T_in={T_in}, T_out={T_out}, expected T_out >= 0 and T_in >= 1; an empty sequence cannot be "
+            f"time axis: got T_in={T_in}, T_out={T_out}, expected T_in >= 1; an empty sequence cannot be "
             "stretched. Drop the empty sample, or mask it before alignment."
         )
     if T_out <= 1:
@@ -98,7 +101,7 @@ def safe_time_resample(x: Float[Tensor, "..."], indices: Tensor) -> Float[Tensor
     return x.gather(2, index[:, None, :, None].expand(B, H, T_out, D))
 
 
-Segments = Sequence[int] | Sequence[Sequence[int]]
+Segments = Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray
 """Lengths in tokens, or the first token of each segment and the one behind its last; one behind the other from 0 on."""
 
 
@@ -130,6 +133,12 @@ def resample_kv_with_interpolation(
             "expected both or neither"
         )
     lengths_in, lengths_out = _lengths(teacher_segments), _lengths(student_segments)
+    for number, (given, wanted) in enumerate(zip(lengths_in, lengths_out, strict=False)):
+        if wanted and not given:
+            raise ValueError(
+                f"resample_kv_with_interpolation: got segment {number} without tokens in teacher_segments and with {wanted} in "
+                "student_segments; an empty sequence cannot be stretched: give it 0 tokens there too, or join it to another"
+            )
     if sum(lengths_out) != T_out:
         raise ValueError(
             f"resample_kv_with_interpolation: got student_segments {list(student_segments)}, expected lengths that add up to "
@@ -167,6 +176,8 @@ def _lengths(segments: Segments) -> list[int]:
     Raises:
         ValueError: pairs that leave a gap or overlap.
     """
+    if isinstance(segments, (Tensor, np.ndarray)):
+        segments = segments.tolist()
     lengths: list[int] = []
     for segment in segments:
         begin = sum(lengths)

@@ -38,7 +38,8 @@ class Conversation(NamedTuple):
     role: UInt8[np.ndarray, "token"]
     """Number in `ROLES` of the message a token belongs to."""
     loss_mask: UInt8[np.ndarray, "token"]
-    """1 for what the assistant generates: its content, calls and reasoning, and the special token that ends its turn."""
+    """1 for what the assistant generates: its content, calls and reasoning, and the special token that ends its turn; 0 in
+    a turn that says `weight` 0 or `train` false."""
 
 
 def template_fingerprint(tokenizer: Any) -> str:
@@ -67,7 +68,7 @@ def render(
 
     Raises:
         BadRowError: the template refuses the conversation, or it cannot be told which tokens are whose.
-        ValueError: the tokenizer has no template.
+        ValueError: the tokenizer has no template, or one that does not compile.
     """
     template_fingerprint(tokenizer)
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
@@ -85,7 +86,7 @@ def render(
         number = _NUMBERS.get(message.role, 0)
         stop = _end_of_turn(tokenizer, text, stop)
         of_character[start:stop] = number
-        generated[start:stop] = number == ASSISTANT
+        generated[start:stop] = number == ASSISTANT and message.is_learnt
     # A token is whose its last character is: a space before a word is part of the word's token.
     last = np.array([stop - 1 if stop > first else len(text) for first, stop in offsets], dtype=np.int64)
     return Conversation(
@@ -111,6 +112,11 @@ def _apply(
         return str(
             tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **variables)
         )
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat_template of the teacher's tokenizer is no Jinja that compiles: got {error.message!r} in its line {error.lineno}, so no "
+            "conversation can be rendered; mend the template in the teacher's folder"
+        ) from error
     # What a template's own code may raise of what it is given.
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         roles = ", ".join(str(turn["role"]) for turn in turns[:8]) + (", ..." if len(turns) > 8 else "")

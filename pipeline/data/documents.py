@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.data.formats import NO_TEXT, TEXT, holds_rows, is_known, suffix_of
+from pipeline.data.formats import NO_TEXT, PERHAPS_ROWS, TEXT, holds_rows, is_known, suffix_of
 from pipeline.data.notes import Notes
-from pipeline.data.rows import Row, damages, file_rows, opened, shown_type, wide_encoding, without_nulls
+from pipeline.data.rows import Row, damages, file_rows, opened, packed_as, shown_type, wide_encoding, without_nulls
 from pipeline.data.turns import CHAT_FIELDS, ROW_FIELDS, Message, conversation, refuse_surrogates
 from pipeline.models.resolve import HUB_TIMEOUT_S, one_line, within
 
@@ -127,7 +127,7 @@ class _Reader:
                 + ("" if "--as-text" in NO_TEXT[suffix] else ", or give --as-text if it is plain text all the same")
             )
         else:
-            yield from self._text_file(path, is_sure=suffix in TEXT)
+            yield from self._text_file(path, is_sure=suffix in TEXT and suffix not in PERHAPS_ROWS)
 
     def _text_file(self, path: Path, *, is_sure: bool = True) -> Iterator[Document]:
         damaged = damages()  # not in the except clause: who stops early may close this while the interpreter ends
@@ -140,19 +140,19 @@ class _Reader:
             raise ValueError(f"--data: {path} cannot be read: {error}; repair it or leave it out") from error
 
     def _know(self, path: Path, head: bytes) -> None:
-        """Look into a file whose name does not say what it is."""
+        """Look into a file whose name does not say for sure what it is."""
         suffix = suffix_of(path)
-        if re.match(rb"\s*\[?\s*\{\s*\"[^\"\n]*\"\s*:", head):
+        if re.match(rb"\s*\[?\s*\{\s*\"[^\"\n]*\"\s*:", head.removeprefix(codecs.BOM_UTF8)):
             raise ValueError(
                 f"--data: {path} holds JSON, which its name does not say; call it .jsonl or .json to have its rows read, or give "
                 "--as-text to store it as it is"
             )
-        if suffix:
+        if suffix and suffix not in TEXT:
             self._notes.read_as_text(suffix, str(path))
 
     def _text_pieces(self, path: Path, file: BinaryIO) -> Iterator[Document]:
         """The file as one document, or as several cut at line ends where it is long."""
-        wide = wide_encoding(file)
+        wide = wide_encoding(file) or packed_as(file, path)
         done, rest = 0, b""
         while block := file.read(TEXT_BYTES_AT_ONCE):
             content = rest + block
@@ -170,7 +170,7 @@ class _Reader:
             text, zero = marked.decode("utf-8"), content.find(b"\0")
             if zero < 0:
                 return Document(source=_name(path), text=text)
-            problem = f"is no text: it holds the byte 0 (byte {start + zero})"
+            problem = f"is no text: it holds the byte 0 (byte {start + zero}){f': it is {wide}' if wide else ''}"
         except UnicodeDecodeError as error:
             first = start + error.start + len(content) - len(marked)
             problem = f"is not UTF-8 text (byte {first}){f': it is {wide}' if wide else ''}"

@@ -28,6 +28,8 @@ _CODE = (
 )
 TEXT = frozenset(f".{suffix}" for suffix in f"{_PROSE} {_SETTINGS} {_CODE}".split())
 """Suffixes of files that are stored as the text they hold, without a word."""
+PERHAPS_ROWS = frozenset({".jl", ".txt"})
+"""Suffixes of text that JSON lines often have too: whoever reads such a file looks into it first."""
 _ARCHIVE = "an archive: unpack it and give the files in it"
 _SHEET = "a spreadsheet: save it as .csv or .parquet"
 _MARKUP = "markup, not plain text: convert it, or ask for its source with --as-text"

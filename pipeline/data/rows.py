@@ -30,6 +30,9 @@ _WIDE_MARKS = {
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 
+_PACKED = {"gzip": (b"\x1f\x8b\x08", ".gz"), "zstd": (b"\x28\xb5\x2f\xfd", ".zst"), "a zip archive": (b"PK\x03\x04", "")}
+"""First bytes of compressed files, and the suffix that has them read."""
+
 
 class Row(NamedTuple):
     """A row of a file, or why it cannot be read."""
@@ -66,6 +69,8 @@ def file_rows(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
         with opened(path) as file:
             if wide := wide_encoding(file):
                 raise ValueError(f"it is {wide}, expected UTF-8 (convert it: iconv -f {wide} -t UTF-8)")
+            if packed := packed_as(file, path):
+                raise ValueError(f"it is {packed}")
             newline = "" if kind in ("comma", "tab") else None
             text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
             if kind in ("comma", "tab"):
@@ -265,6 +270,15 @@ def wide_encoding(file: Any) -> str:
     """The name of an encoding of two or four bytes whose byte order mark a file begins with, '' for none."""
     head = file.peek(4)[:4]
     return next((name for name, marks in _WIDE_MARKS.items() if head.startswith(marks)), "")
+
+
+def packed_as(file: Any, path: Path) -> str:
+    """What compressed bytes a file holds though its name does not say so, and what to do; '' for none."""
+    head = file.peek(4)[:4]
+    for what, (mark, suffix) in _PACKED.items():
+        if head.startswith(mark):
+            return f"{what}, which its name does not say: " + (f"call it {path.name}{suffix}" if suffix else "unpack it")
+    return ""
 
 
 def damages() -> tuple[type[Exception], ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,12 @@ class Cutter:
             return []
         if not document.text:
             self.notes.count("a text that is empty or null, which gives nothing")
+        self._note_length(ids)
         return list(self._text(document, ids, offsets))
+
+    def _note_length(self, ids: Sized) -> None:
+        if len(ids) == 1:
+            self.notes.count("a row that is a single token, which predicts nothing and gives nothing")
 
     def _text(self, document: Document, ids: list[int], offsets: list[tuple[int, int]]) -> Iterator[Sample]:
         input_ids = np.array(ids, dtype=np.int32)
@@ -120,8 +125,11 @@ class Cutter:
     def _note(self, document: Document, found: Conversation) -> None:
         """Count what of a conversation is not learnt from though somebody may expect it."""
         assert document.messages is not None
+        self._note_length(found.input_ids)
         if not found.loss_mask.any():
-            self.notes.count("a conversation in which no assistant speaks, so there is nothing to learn from it")
+            held_back = any(not message.is_learnt for message in document.messages)
+            why = "whose assistant's turns say 'weight' 0 or 'train' false" if held_back else "in which no assistant speaks"
+            self.notes.count(f"a conversation {why}, so there is nothing to learn from it")
         for message in document.messages:
             if message.role.lower() not in ROLES:
                 self.notes.count(

@@ -31,6 +31,8 @@ CALLS = ("tool_calls", "function_call")
 REASONING = ("reasoning", "reasoning_content", "thinking")
 SAID = (*CALLS, *REASONING)
 """What a turn may say beside its content."""
+LEARNT = ("weight", "train")
+"""Keys of an assistant's turn that say whether it is to be learnt from, as OpenAI's fine-tuning and axolotl call them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,11 @@ class Message:
     content: str = ""
     turn: Mapping[str, Any] | None = None
     """All of the turn, as the chat template gets it; None where that is role and content."""
+
+    @property
+    def is_learnt(self) -> bool:
+        """Whether the turn lets itself be learnt from, if it is an assistant's."""
+        return self.turn is None or all(self.turn.get(name, True) for name in LEARNT)
 
     def as_given(self) -> dict[str, Any]:
         """The turn for a chat template."""
@@ -113,6 +120,10 @@ def _message(turn: object) -> Message:
             del given["tool_calls"]
     if "content" not in given and not any(given.get(name) for name in SAID):
         raise ValueError(f"says nothing: it has neither 'content' nor 'tool_calls'; its fields are {', '.join(map(str, turn))}")
+    if given["role"] == "assistant":
+        for name in LEARNT:
+            if given.get(name, 1) not in (0, 1):
+                raise ValueError(f"has {given[name]!r:.40} in {name!r}, expected 1 or true to learn from it, 0 or false not to")
     plain = list(given) == ["role", "content"]
     return Message(role=given["role"], content=given.get("content", ""), turn=None if plain else given)
 

@@ -121,7 +121,14 @@ def _missing(path: Path, missing: list[str]) -> str:
         return f"weight files are missing: {missing}; still downloading? 'hf download' resumes"
     shards = [name for name in others if "-of-" in name]
     if shards:
-        return f"its weights lie in {len(shards)} files ({shards[0]} ...), but {INDEX}, which lists them, is missing; download it too"
+        last = shards[0].rpartition("-of-")[2].removesuffix(".safetensors")
+        total = int(last) if last.isdecimal() else len(shards)
+        absent = f"{INDEX}, which lists them, is missing" + (
+            f", and so are {total - len(shards)} of them" if total > len(shards) else ""
+        )
+        return (
+            f"its weights lie in {max(total, len(shards))} files ({shards[0]} ...), but {absent}; download what is missing too"
+        )
     if (other := other_format(path)) is not None:
         return other
     if others:

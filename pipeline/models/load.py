@@ -31,6 +31,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "resolve_model",
+    "tokenizer_code",
     "tokenizer_fingerprint",
     "weights_fingerprint",
 ]
@@ -253,6 +254,18 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             f"{path}: {type(tokenizer).__name__} is a slow tokenizer, which gives no offsets; save a tokenizer.json with it"
         )
     return tokenizer
+
+
+def tokenizer_code(path: Path) -> str | None:
+    """What is to be said of a tokenizer whose folder names code of its own for it; None where it names none."""
+    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    auto_map = settings.get("auto_map")
+    own = {"AutoTokenizer": auto_map.get("AutoTokenizer")} if isinstance(auto_map, dict) else auto_map
+    if names := sorted({str(name) for name in _names_of_code(own)}):
+        return (
+            f"the tokenizer in {path} names code of its own, {', '.join(names)}, which is not run: its tokenizer.json is used"
+        )
+    return None
 
 
 def geometry_mismatch(preset: TeacherPreset, config: PretrainedConfig) -> list[str]:

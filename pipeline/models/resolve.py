@@ -134,9 +134,11 @@ def _cached(repo_id: str, revision: str | None) -> Path:
             )
         )
     except (errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
+        close = close_names(repo_id, teacher_preset_names())
         raise ModelLoadError(
-            f"{repo_id} is not in the local hub cache {constants.HF_HUB_CACHE} at revision {revision or 'main'!r}; fetch it with "
-            f"'hf download {repo_id}'"
+            f"{repo_id} is not in the local hub cache {constants.HF_HUB_CACHE} at revision {revision or 'main'!r}; "
+            + (f"did you mean the preset {' or '.join(close)}? Else " if close else "")
+            + f"fetch it with 'hf download {repo_id}'"
         ) from error
 
 

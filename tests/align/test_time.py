@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -300,10 +301,29 @@ def test_segments_of_none_are_interpolation_as_a_whole() -> None:
         pytest.param([(0, 2), (3, 5)], [2, 2], "follow each other from 0 on", id="gap"),
         pytest.param([(0, 3), (2, 5)], [2, 2], "follow each other from 0 on", id="overlap"),
         pytest.param([6, -1], [2, 2], "lengths of at least 0", id="negative"),
-        pytest.param([5, 0], [3, 1], "an empty sequence cannot be", id="empty"),
+        pytest.param(
+            [5, 0],
+            [3, 1],
+            "got segment 1 without tokens in teacher_segments and with 1 in .* an empty sequence cannot be",
+            id="empty",
+        ),
         pytest.param([], [], r"T_out=4", id="none"),
     ],
 )
 def test_segments_that_do_not_cover_the_axis_are_refused(teacher: Any, student: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resample_kv_with_interpolation(torch.zeros(1, 1, 5, 2), 4, teacher_segments=teacher, student_segments=student)
+
+
+@pytest.mark.parametrize("made", [torch.tensor, np.array])
+def test_segments_may_be_tensors_and_arrays(made: Any) -> None:
+    kv = random_kv(5)
+    wanted = resample_segments(kv, [2, 3], [1, 3])
+    assert torch.equal(resample_kv_with_interpolation(kv, 4, made([2, 3]), made([1, 3])), wanted)
+    assert torch.equal(resample_kv_with_interpolation(kv, 4, made([(0, 2), (2, 5)]), made([(0, 1), (1, 4)])), wanted)
+
+
+@pytest.mark.parametrize(("T_in", "T_out"), [(-1, 5), (5, -1), (0, -1)])
+def test_negative_sizes_are_named_as_what_they_are(T_in: int, T_out: int) -> None:
+    with pytest.raises(ValueError, match=rf"got T_in={T_in}, T_out={T_out}, expected numbers of tokens of at least 0$"):
+        build_safe_linear_indices(2, T_in, T_out)

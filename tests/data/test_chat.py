@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.chat import ROLES, render, template_fingerprint
 from pipeline.data.documents import Document, Message
+from pipeline.data.notes import Notes
 from pipeline.data.samples import Cutter
+from pipeline.data.turns import conversation
 from tests.checkpoints import byte_tokenizer
 
 CHATML = (
@@ -137,3 +139,31 @@ def test_a_long_conversation_is_cut_with_its_masks(overlap: int) -> None:
         assert not sample.loss_mask[: overlap if number else 0].any()
     assert ids == whole.input_ids.tolist()
     assert mask == whole.loss_mask.tolist()
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{% if %}", "{{ messages | nonsense }}"])
+def test_a_template_that_does_not_compile_is_a_fault_of_the_teacher_and_of_no_row(template: str) -> None:
+    documents = [Document(source="a:0", messages=turns("Hi", "Hello!"))]
+    cutter = Cutter(tokenizer=tokenizer_with(template), seq_len=64, notes=Notes(leaves_out=True))
+    with pytest.raises(
+        ValueError, match=r"^the chat_template of the teacher's tokenizer .* in its line 1, .*mend the template"
+    ):
+        list(cutter.samples(documents))
+    assert cutter.notes.num_left_out == 0
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+def test_a_turn_that_says_so_is_not_learnt_from(key: dict[str, Any]) -> None:
+    said = [{"role": "user", "content": "Hi", "weight": "70 kg"}, {"role": "assistant", "content": "Hello!", **key}]
+    said += [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "Bye.", "weight": 1, "train": True}]
+    messages, _ = conversation({"messages": said}, "messages")
+    tokenizer = tokenizer_with(CHATML)
+    found = render(tokenizer, messages, "here")
+    assert tokenizer.decode(found.input_ids[found.loss_mask == 1]) == "Bye.<|im_end|>"
+    assert spoken(tokenizer, messages, "assistant") == "Hello!<|im_end|>Bye.<|im_end|>"
+
+
+@pytest.mark.parametrize("key", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"train": [0]}])
+def test_another_value_there_is_refused_with_turn_and_field(key: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"turn 1 of 1 \(assistant\) has .* in '{next(iter(key))}', expected 1 or true"):
+        conversation({"messages": [{"role": "assistant", "content": "Hello!", **key}]}, "messages")

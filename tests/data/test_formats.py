@@ -268,3 +268,30 @@ def test_a_file_name_that_is_not_utf8_is_written_out(tmp_path: Path) -> None:
     path.write_bytes(b"text")
     (document,) = read_documents([str(tmp_path / "*.txt")])
     assert document.source.encode().endswith(rb"caf\udce9.txt")
+
+
+@pytest.mark.parametrize("name", ["a.jl", "a.txt", "a.TXT"])
+@pytest.mark.parametrize("content", [LINES, b'{"messages": [{"role": "user"}]}\n', codecs.BOM_UTF8 + b'[{"text": "a"}]'])
+def test_rows_in_a_file_named_as_text_are_refused_too(name: str, content: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=rf"{name} holds JSON, which its name does not say; call it \.jsonl"):
+        texts(path)
+    assert texts(path, as_text=True) == [content.removeprefix(codecs.BOM_UTF8).decode()]
+
+
+@pytest.mark.parametrize("name", ["a.jl", "a.txt"])
+def test_text_is_read_as_text_though_rows_may_have_its_suffix(name: str, tmp_path: Path) -> None:
+    notes, content = Notes(), 'f(x) = x^2  # {"a": 1}\n'
+    assert texts(write(tmp_path / name, content.encode()), notes=notes) == [content]
+    assert list(notes.news()) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.md"])
+def test_compressed_bytes_under_another_name_are_named_with_what_to_do(name: str, tmp_path: Path) -> None:
+    for content, said in (
+        (gzip.compress(LINES), f"it is gzip, which its name does not say: call it {name}.gz"),
+        (zstandard.compress(LINES), f"it is zstd, which its name does not say: call it {name}.zst"),
+        (zipped(tmp_path), "it is a zip archive, which its name does not say: unpack it"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            texts(write(tmp_path / name, content))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.commits import sample_id
 from pipeline.data.documents import Document
+from pipeline.data.notes import Notes
 from pipeline.data.samples import Cutter, Sample
 from tests.checkpoints import byte_tokenizer
 
@@ -81,3 +82,13 @@ def test_a_sample_met_again_counts_and_is_learnt_from_where_either_is() -> None:
 def test_documents_are_tokenised_several_at_a_time_whatever_their_number(size: int) -> None:
     documents = [Document(source=str(number), text=f"text {number}") for number in range(size)]
     assert [samples[0].source for samples in cut(documents, 64)] == [str(number) for number in range(size)]
+
+
+def test_a_row_that_is_a_single_token_is_counted_and_said() -> None:
+    notes = Notes()
+    documents = [Document(source=str(number), text=text) for number, text in enumerate(["a", "ab", "b", ""])]
+    list(Cutter(tokenizer=TOKENIZER, seq_len=1024, notes=notes).samples(documents))
+    assert list(notes.news()) == [
+        "--data: 2 x a row that is a single token, which predicts nothing and gives nothing",
+        "--data: 1 x a text that is empty or null, which gives nothing",
+    ]

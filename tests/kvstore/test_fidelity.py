@@ -74,8 +74,10 @@ def test_a_shard_unlike_what_was_calibrated_on_is_refused_when_it_is_written(
     quiet = source.kv[order[-1]][2][1]
     quiet[:] = quiet / 1000
     raw = write_store(tmp_path / "raw", source, "raw")
-    with pytest.raises(FidelityError, match=r"layer 2, value: the codec changes a typical token by 100%"):
-        recode_store(str(raw), "mix", str(tmp_path / "out"))
+    with pytest.raises(
+        FidelityError, match=r"layer 2, value: the codec changes a typical token by 100%.* use --codec 'mix,0=q8,2=raw', or"
+    ):
+        recode_store(str(raw), "mix,0=q8", str(tmp_path / "out"))
 
 
 def test_constants_are_no_loss(tmp_path: Path) -> None:

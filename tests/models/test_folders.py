@@ -7,12 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.models.load import ModelLoadError, build_student, load_causal_lm, load_config, load_tokenizer
+from pipeline.models.load import ModelLoadError, build_student, load_causal_lm, load_config, load_tokenizer, tokenizer_code
 from pipeline.models.probe import CaptureError, probe_causal
 from pipeline.models.resolve import resolve_model
 from tests import processes
@@ -121,6 +122,9 @@ def test_shards_say_whether_the_index_or_a_shard_is_missing_or_cut(sharded: Path
 
     without_index = copy("index")
     (without_index / "model.safetensors.index.json").unlink()
+    without_both = copy("both")
+    for name in ("model.safetensors.index.json", shards[1]):
+        (without_both / name).unlink()
     cut = copy("cut")
     (cut / shards[1]).write_bytes((cut / shards[1]).read_bytes()[:-5])
     missing = copy("missing")
@@ -130,12 +134,26 @@ def test_shards_say_whether_the_index_or_a_shard_is_missing_or_cut(sharded: Path
     index.write_text(index.read_text().replace(shards[1], f"../cut/{shards[1]}"))
     for place, message in (
         (without_index, rf"lie in {len(shards)} files \({shards[0]} ...\), but model.safetensors.index.json, .*is missing"),
+        (without_both, rf"lie in {len(shards)} files .* is missing, and so are 1 of them; download what is missing too"),
         (cut, rf"{shards[1]} \(\d+ bytes\) is damaged or still downloading"),
         (missing, rf"weight files are missing: \['{shards[1]}'\]"),
         (outside, r"model.safetensors.index.json: weight_map is not a table of weights and the names of files beside it"),
     ):
         with pytest.raises(ModelLoadError, match=message):
             resolve_model(str(place))
+
+
+@pytest.mark.parametrize(
+    "auto_map", [{"AutoTokenizer": ["code.Slow", None]}, {"AutoTokenizer": "code.Slow"}, ["code.Slow", None]]
+)
+def test_code_that_a_tokenizer_names_is_said_not_to_be_run(folder: Path, auto_map: Any) -> None:
+    settings = folder / "tokenizer_config.json"
+    record = json.loads(settings.read_text()) if settings.exists() else {}
+    assert tokenizer_code(folder) is None
+    settings.write_text(json.dumps({**record, "auto_map": auto_map}))
+    said = tokenizer_code(folder)
+    assert said is not None
+    assert "code of its own, code.Slow, which is not run" in said
 
 
 DAMAGED = {

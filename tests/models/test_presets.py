@@ -95,7 +95,7 @@ def test_an_unknown_name_is_no_preset() -> None:
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        *((spelling, "qwen2-7b") for spelling in ("Qwen2-7B", "QWEN2-7B", "Qwen/Qwen2-7B", "qwen/qwen2-7b")),
+        *((spelling, "qwen2-7b") for spelling in ("Qwen2-7B", "QWEN2-7B", "Qwen/Qwen2-7B", "qwen/qwen2-7b", " qwen2_7b ")),
         *(
             (spelling, "llama-2-7b")
             for spelling in ("Llama-2-7B", "meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf", "meta-llama/llama-2-7b")

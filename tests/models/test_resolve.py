@@ -202,6 +202,13 @@ def test_a_mistyped_preset_is_answered_with_those_like_it(hf_home: Path) -> None
         resolve_model("qwen2-8b")
 
 
+def test_a_mistyped_preset_is_answered_with_those_like_it_where_the_hub_is_not_asked(hf_home: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"Qwen2-7b-x is not in the local hub cache .* did you mean the preset qwen2-7b"):
+        resolve_model("Qwen2-7b-x", download=False)
+    with pytest.raises(ModelLoadError, match=r"'main'; fetch it with 'hf download org/zzz'"):
+        resolve_model("org/zzz", download=False)
+
+
 @pytest.mark.parametrize("trickle", [pytest.param(False, id="silent"), pytest.param(True, id="trickling")])
 def test_a_hub_that_does_not_answer_costs_at_most_five_seconds(
     hf_home: Path, monkeypatch: pytest.MonkeyPatch, trickle: bool

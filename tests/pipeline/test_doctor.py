@@ -82,7 +82,8 @@ def test_a_student_with_another_tokenizer_is_told_to_align_the_store(teacher: st
     side("large").tokenizer.save_pretrained(other)
     found = record("--teacher", teacher, "--student", str(other))
     assert found["ok"], "without a store there is nothing that fails yet"
-    assert any("has another tokenizer" in finding["what"] for finding in found["findings"])
+    said = next(finding["what"] for finding in found["findings"] if "has another tokenizer" in finding["what"])
+    assert "student against teacher: vocabularies of" in said
     assert 0.9 < found["coverage"] <= 1.0
     assert found["index"].startswith("by bytes")
     assert found["shapes"]["projected K at the student's tokens"] == found["shapes"]["student K"]

@@ -19,7 +19,7 @@ from tests.checkpoints import byte_tokenizer, save_checkpoint, tiny_model
 from tests.stores import write_store
 from tests.training.conftest import make_texts, teacher_source
 from tests.training.test_trainer import metrics, settings
-from training.rehearsal import rehearse_checkpoint, rehearse_saving, settle_generation
+from training.rehearsal import negative_tokens, rehearse_checkpoint, rehearse_saving, settle_generation
 from training.report import METRICS
 from training.trainer import run_training
 
@@ -54,6 +54,12 @@ def test_a_student_with_sampling_flags_that_contradict_is_trained_and_saved_with
         assert (saved.do_sample, saved.temperature, saved.top_p) == (False, None, None)
         assert 2 in saved.eos_token_id
     assert AutoModelForCausalLM.from_pretrained(summary.out / "model").generation_config.pad_token_id == 257
+
+
+def test_a_negative_special_token_is_called_negative() -> None:
+    given = GenerationConfig(pad_token_id=-1, eos_token_id=[2, -7], bos_token_id=1)
+    assert negative_tokens(given) == ["eos_token_id", "pad_token_id"]
+    assert negative_tokens(GenerationConfig(**TOKENS)) == negative_tokens(None) == []
 
 
 TOKENS = {"eos_token_id": [2, 7], "bos_token_id": 1, "pad_token_id": 0}
