@@ -126,18 +126,31 @@ def _read_table(storage: Storage, key: str, schema: pa.Schema, columns: Sequence
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         found = file.schema_arrow
+        texts = [name for name in columns if name in found.names and pa.types.is_string(found.field(name).type)]
         if found.names != schema.names or found.types != schema.types:
             raise StoreFormatError(f"got columns {found.names} of {[*map(str, found.types)]}, expected {_described(schema)}")
         size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups))
         if file.metadata.num_rows > len(content) or not 0 <= size <= _MOST_TABLE_BYTES:
             raise StoreFormatError(f"got {file.metadata.num_rows:,} rows of {size:,} bytes in {len(content):,} bytes")
+        # Texts as they are encoded: a value that stands in the file once may stand in its rows any number of times.
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True, read_dictionary=texts)
         table = file.read(columns, use_threads=False).select(columns)
+        for name in texts:
+            table = table.set_column(columns.index(name), name, _decoded(table[name]))
         table.validate(full=True)
         if nulls := [name for name in columns if name not in _MAY_BE_NULL and table[name].null_count]:
             raise StoreFormatError(f"nulls in {', '.join(nulls)}")
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise StoreFormatError(f"{where}: missing or damaged parquet ({error}); {_REMEDY}") from error
     return table.replace_schema_metadata(found.metadata)
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts, once it is known that memory holds them."""
+    lengths = (pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0 for chunk in column.chunks)
+    if (size := sum(lengths)) > _MOST_TABLE_BYTES:
+        raise StoreFormatError(f"got texts of {size:,} bytes, expected at most {_MOST_TABLE_BYTES:,}")
+    return column.cast(pa.string())
 
 
 def _described(schema: pa.Schema) -> str:

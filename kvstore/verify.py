@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -247,40 +248,22 @@ class _Verification:
         counts: dict[str, int] = {}
         with contextlib.suppress(KVStoreError):  # a list that cannot be read is a problem already
             counts = dropped_counts(self._storage)
-        by_part: dict[int, list[str]] = {}
-        for identity, shard in self._dropped.items():
-            by_part.setdefault(shard, []).append(identity)
         for number, part in enumerate(manifest.data_parts):
             shards = range(part["first_shard"], part["first_shard"] + part["num_shards"])
+            if len(by_shard.keys() & set(shards[: len(by_shard) + 1])) < len(shards):
+                continue
             with contextlib.suppress(KVStoreError):  # repeats that cannot be read are a problem already
                 found = dict(read_part_repeats(self._storage, manifest, number))
-                if len(by_shard.keys() & set(shards[: len(by_shard) + 1])) < len(shards):
-                    continue
                 found |= {row.id: row.count for shard in shards for row in by_shard[shard].samples}
-                gone = [identity for shard, ids in by_part.items() if shard in shards for identity in ids]
-                wrong = [] if len(found) + len(set(gone) - found.keys()) == part["num_samples"] else ["num_samples"]
-                if sum(lengths.get(identity, 0) for identity in found) > part["num_tokens"]:
-                    wrong.append("num_tokens")
-                if counts.keys() >= set(gone):
-                    found |= {identity: counts[identity] for identity in gone}
-                    rows = ((identity, found[identity], 1) for identity in sorted(found))
-                    if data_record(rows, part["seq_len"])["samples"] != part["samples"]:
-                        wrong.append("samples")
-                    if (
-                        not gone
-                        and found.keys() <= lengths.keys()
-                        and sum(map(lengths.__getitem__, found)) != part["num_tokens"]
-                    ):
-                        wrong.append("num_tokens")
-                if wrong:
+                gone = {identity for identity, shard in self._dropped.items() if shard in shards}
+                if wrong := _part_differences(part, found, lengths, gone, counts):
                     self._add(
                         "data",
                         f"part {number} of the data, shards {shards.start} to {shards.stop - 1}: {', '.join(wrong)} of its samples are not what "
                         "the manifest says: ids or counts were changed, or shards are of another store",
                     )
-        if not manifest.data_parts and any(
-            entry.key.startswith(f"{SAMPLES}/repeats-") for entry in self._storage.entries(SAMPLES)
-        ):
+        named = (entry.key.startswith(f"{SAMPLES}/repeats-") for entry in self._storage.entries(SAMPLES))
+        if not manifest.data_parts and any(named):
             self._add("tables", f"{SAMPLES}/: counts of repeats are here, but the manifest has no parts of the data")
 
     def _strangers(self, manifest: Manifest, commits: list[Commit], keys: list[str], living: dict[str, Claim]) -> Strangers:
@@ -313,3 +296,26 @@ class _Verification:
             unlisted=strangers.misleading,
             writers=tuple(f"{claim.purpose} on {claim.host}, pid {claim.pid}" for claim in living.values()),
         )
+
+
+def _part_differences(
+    part: Mapping[str, Any], found: dict[str, int], lengths: Mapping[str, int], gone: set[str], counts: Mapping[str, int]
+) -> list[str]:
+    """Fields of a part that the samples found for it do not make.
+
+    Args:
+        found: counts by id, of those stored and those repeated.
+        lengths: tokens of every stored sample.
+        gone: ids dropped from the part's shards, whose lengths are not known any more.
+        counts: of dropped samples, as far as they were kept.
+    """
+    wrong = [] if len(found.keys() | gone) == part["num_samples"] else ["num_samples"]
+    tokens, whole = sum(lengths.get(identity, 0) for identity in found), found.keys() <= lengths.keys() and not gone
+    if tokens > part["num_tokens"] or (whole and tokens != part["num_tokens"]):
+        wrong.append("num_tokens")
+    if counts.keys() >= gone:
+        every = {**found, **{identity: counts[identity] for identity in gone}}
+        rows = ((identity, every[identity], 1) for identity in sorted(every))
+        if data_record(rows, part["seq_len"])["samples"] != part["samples"]:
+            wrong.append("samples")
+    return wrong

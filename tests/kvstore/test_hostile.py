@@ -356,6 +356,89 @@ def test_counts_and_ids_are_those_the_data_was_planned_with(path: Path) -> None:
     assert "part 0 of the data, shards 0 to 4: samples of its samples are not what the manifest says" in problems(path)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "alter",
+    [
+        pytest.param(lambda record: record["signal"].update(codec="mix,0-99999999999=raw"), id="a-range-of-layers"),
+        pytest.param(lambda record: record["signal"].update(codec="mix,5-2=raw"), id="an-empty-range"),
+        pytest.param(
+            lambda record: record["teacher"]["layers"].extend(
+                {**record["teacher"]["layers"][0], "layer": number} for number in range(3, 65536)
+            ),
+            id="thousands-of-layers",
+        ),
+        pytest.param(lambda record: record["signal"].update(capture_version=1) or record.update(runs=[]), id="runs-gone"),
+    ],
+)
+def test_a_small_record_asks_for_no_long_work(alter: Callable[[dict[str, Any]], object], path: Path) -> None:
+    change(path / "manifest.json", alter)
+    assert "manifest.json: " in problems(path)
+    with pytest.raises(StoreFormatError, match=r"manifest\.json: "):
+        open_store(path)
+
+
+def test_counts_of_a_part_are_compared_after_a_drop_too(path: Path) -> None:
+    drop_samples(str(path), [open_store(path).samples.ids[0]])
+    assert problems(path) == ""
+    change(path / "commits" / "00001.json", lambda record: record["samples"][0].update(count=1000))
+    for file in (path / "samples").glob("*.parquet"):
+        file.unlink()
+    assert "part 0 of the data, shards 0 to 4: samples of its samples are not what the manifest says" in problems(path)
+
+
+def test_an_invented_dropped_sample_is_found(path: Path) -> None:
+    drop_samples(str(path), [open_store(path).samples.ids[0]])
+    change(path / "samples" / "dropped.json", lambda record: record["shards"].update({"f" * 64: 0}))
+    shards = json.loads((path / "samples" / "dropped.json").read_text())["shards"]
+    change(path / "manifest.json", lambda record: record["data"].update(dropped=fingerprint(sorted(shards))))
+    assert "num_samples" in problems(path)
+
+
+def test_an_alignment_must_agree_with_spec_and_teacher(path: Path) -> None:
+    def aligned(**lies: object) -> Callable[[dict[str, Any]], object]:
+        def alter(record: dict[str, Any]) -> None:
+            pairs = [[layer["layer"], layer["layer"]] for layer in record["spec"]["layers"]]
+            true = {
+                "teacher": record["teacher"],
+                "student": record["spec"],
+                "layer_map": pairs,
+                "layer_map_name": "uniform",
+                "baked": True,
+            }
+            record["alignment"] = true | lies
+
+        return alter
+
+    whole = (path / "manifest.json").read_bytes()
+    change(path / "manifest.json", aligned())
+    open_store(path)
+    other = {**small_spec(4).to_json()}
+    for lies, said in (
+        ({"teacher": other}, "alignment.teacher: not the teacher"),
+        ({"layer_map": [[0, 999], [1, 1], [2, 2]]}, "alignment.layer_map"),
+        ({"layer_map": []}, "alignment.layer_map"),
+        ({"layer_map": [[1, 1], [0, 0], [2, 2]]}, "alignment.layer_map"),
+        ({"layer_map": [[0, 0]]}, "alignment.layer_map: leads to layers"),
+        ({"student": small_spec(3, num_kv_heads=1).to_json()}, "spec: not the geometry of the alignment's student"),
+    ):
+        (path / "manifest.json").write_bytes(whole)
+        change(path / "manifest.json", aligned(**lies))
+        assert said in problems(path), lies
+
+
+def test_a_table_that_grows_beyond_memory_is_refused_before_it_is_read(path: Path) -> None:
+    (summary,), (part,) = ((path / "samples").glob(f"{kind}-*.parquet") for kind in ("summary", "part"))
+    rows, shards = pq.read_table(part), pq.read_table(summary)
+    number = rows.column_names.index("text")
+    rows = rows.set_column(number, rows.schema.field("text"), pa.array(["a" * 2**27] * len(rows), pa.string()))
+    summary.unlink()
+    part.unlink()
+    mutations.write_tables(path / "samples", rows, shards)
+    with pytest.raises(StoreFormatError, match=r"part-.*got texts of 1,073,741,824 bytes, expected at most 536,870,912"):
+        _ = open_store(path).samples.text
+
+
 # ---- what other programs find
 
 

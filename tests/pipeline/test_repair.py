@@ -263,6 +263,14 @@ def test_what_others_left_in_a_store_is_no_damage_and_stays_after_a_repair(store
     assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == before
 
 
+def test_a_link_in_a_store_is_put_aside_as_it_is_and_what_it_names_is_not_copied(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (store / "tokenizer/special_tokens_map.json").symlink_to(tmp_path / "secret")
+    assert repair_store(str(store)).report.problems == ()
+    assert (store / "tokenizer/special_tokens_map.json.unlisted").is_symlink()
+    assert not any(b"mine" in file.read_bytes() for file in store.rglob("*") if file.is_file() and not file.is_symlink())
+
+
 def test_a_file_that_would_make_another_tokenizer_is_put_aside(store: Path) -> None:
     (store / "tokenizer/added_tokens.json").write_text('{"<x>": 0}')
     assert [problem.part for problem in verify_store(str(store)).problems] == ["unlisted"]
