@@ -100,6 +100,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_recorded_and_the_rest_is_stor
         run(teacher, data, tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_a_store_without_some_rows_can_be_resumed_appended_to_and_repaired(teacher: Path, data: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(teacher, data, tmp_path / "whole", on_bad_sample="quarantine")

@@ -82,6 +82,7 @@ def test_help_is_instant_and_imports_neither_torch_nor_ray() -> None:
         pytest.param(lambda teacher, student: ("doctor", "--teacher", teacher, "--student", student, "--json"), id="doctor"),
     ],
 )
+@pytest.mark.slow
 def test_presets_are_called_in_any_case_with_or_without_the_organisation(command: Any, tmp_path: Path) -> None:
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     names = [("qwen2-7b", "qwen2-0.5b"), ("Qwen2-7B", "Qwen/Qwen2-0.5B"), ("QWEN/qwen2-7B", "QWEN2-0.5B")]

@@ -174,6 +174,7 @@ def test_samples_of_nan_are_left_out_and_accounted_for(
     refuse_bad(tmp_path / "store", expected, "got NaN or infinity")
 
 
+@pytest.mark.slow
 def test_a_sample_of_nan_that_only_the_gate_meets_is_named_or_left_out(
     broken_teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -397,6 +397,7 @@ def test_a_response_only_store_has_keys_and_values_of_the_assistants_tokens_alon
         run(chat_teacher, chats, part_store)
 
 
+@pytest.mark.slow
 def test_a_response_only_store_can_be_recoded_merged_and_repaired(part_store: Path, tmp_path: Path) -> None:
     recode_store(str(part_store), "q4z", str(tmp_path / "recoded"))
     recoded = open_store(tmp_path / "recoded")
@@ -432,6 +433,7 @@ def test_response_only_of_data_without_responses_is_refused(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_masks_survive_merging_dropping_and_repair(chat_teacher: Path, chats: Path, chat_store: Path, tmp_path: Path) -> None:
     def masks(path: Path) -> dict[str, bytes]:
         store = open_store(path)

@@ -146,6 +146,7 @@ def test_sizes_are_within_three_percent_of_what_is_then_written(
 
 
 @pytest.mark.usefixtures("one_codec")
+@pytest.mark.slow
 def test_sizes_come_from_all_over_the_data_and_say_how_sure_they_are(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +188,7 @@ def test_workers_of_ray_are_tried_as_they_would_run(teacher: Path, corpus: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_is_there_already_needs_no_more_time_or_disk(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     config = config_of(teacher, corpus, tmp_path / "store", limit=60)
     run(config)

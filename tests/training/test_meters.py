@@ -59,6 +59,7 @@ def test_when_a_line_and_a_checkpoint_are_due(step: int, saving: bool, logged: b
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.slow
 def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
     child = "from training.meters import peak_rss_bytes; print(peak_rss_bytes())"
     parent = f"import subprocess, sys; held = b'x' * (3 * 2**29); subprocess.run([sys.executable, '-c', {child!r}])"

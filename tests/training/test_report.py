@@ -109,6 +109,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(two_runs: tuple[Path, Path]
     assert f"<h1>going/kv, {two_runs[0].parent.name}/kv</h1>" in page, "equal names are told apart by the folders above"
 
 
+@pytest.mark.slow
 def test_without_a_kv_loss_there_is_no_picture_of_layers_and_an_old_one_goes(
     two_runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_without_a_kv_loss_there_is_no_picture_of_layers_and_an_old_one_goes(
     assert not (tmp_path / "report" / "layers.png").exists()
 
 
+@pytest.mark.slow
 def test_many_layers_are_drawn_in_rows(tmp_path: Path) -> None:
     kinds = {f"kv_{kind}_{layer}": 1.0 / (layer + 1) for kind in ("key", "value") for layer in range(8)}
     assert plot_layers({"run": [{"step": step, **kinds} for step in (1, 2)]}, tmp_path / "layers.svg")
