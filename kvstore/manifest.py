@@ -201,7 +201,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "spec: not the teacher's layers, although nothing is baked"
     yield from _group_contradictions(manifest)
     yield from _signal_contradictions(manifest)
-    if manifest.alignment is not None:
+    if manifest.alignment is not None and "capture_version" in manifest.signal:
         yield from _alignment_contradictions(manifest, manifest.alignment)
     yield from _data_contradictions(manifest)
 
@@ -273,7 +273,7 @@ def _signal_contradictions(manifest: Manifest) -> Iterator[str]:
 
 
 def _alignment_contradictions(manifest: Manifest, record: dict[str, Any]) -> Iterator[str]:
-    """The alignment's teacher is the store's, its map leads from layers there are to layers there are, and a baked store has the geometry
+    """Of a store that an extraction began: the alignment's teacher is the store's, its map leads from layers there are to layers there are, and a baked store has the geometry
     of the student layers under the numbers of the teacher layers they are compared with."""
     teacher, student = (parse(KVSpec, record[side], f"alignment.{side}", "2") for side in ("teacher", "student"))
     pairs = [(int(ours), int(theirs)) for ours, theirs in record["layer_map"]]
@@ -302,8 +302,6 @@ def _data_contradictions(manifest: Manifest) -> Iterator[str]:
         shards = part["first_shard"] + part["num_shards"]
     if parts and shards != manifest.layout.num_shards:
         yield f"data.parts: have {shards} shards, layout.num_shards says {manifest.layout.num_shards} (FORMAT.md 10.1)"
-    if "capture_version" in manifest.signal and not parts:
-        yield "data.parts: none, although an extraction made the store (FORMAT.md 10.1)"
     first = [run["first_part"] for run in manifest.runs]
     if first != sorted(set(first)) or bool(parts) != bool(first) or (first and (first[0] or first[-1] >= len(parts))):
         yield f"runs: begin with parts {first[:8]}, expected increasing numbers from 0 to below {len(parts)} (FORMAT.md 10.6)"

@@ -215,6 +215,8 @@ class _Verification:
                 for shard in sorted(set(listed) - damaged):
                     if shard < manifest.layout.num_shards:
                         self._add("commit", f"shard {shard}: listed in {key}, but its commit record is lost", shard)
+                    else:
+                        self._add("tables", f"{key}: lists shard {shard}, which is none of this store")
                 self._table(key, summary, by_shard, listed)
         summarised = {part_key(key) for key in filter(is_summary, keys)}
         for key in keys:

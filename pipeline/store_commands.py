@@ -156,7 +156,7 @@ def match_layers(store: str, student: str, tokens: int, as_json: bool) -> None:
 @click.option(
     "--ids",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path, allow_dash=True),
+    type=click.Path(path_type=Path, allow_dash=True),
     help="File of sample ids, '-' for stdin.",
 )
 @_json
@@ -173,7 +173,12 @@ def drop(store: str, ids: Path, as_json: bool) -> None:
     from kvstore.drop import drop_samples
     from pipeline.models.files import decoded, read_text
 
-    text = decoded(sys.stdin.buffer.read(), "--ids -") if str(ids) == "-" else read_text(ids)
+    try:
+        text = decoded(sys.stdin.buffer.read(), "--ids -") if str(ids) == "-" else read_text(ids)
+    except OSError as error:
+        raise ValueError(
+            f"--ids: {ids} cannot be read ({error.strerror}); expected a file with one sample id on a line"
+        ) from error
     wanted = [line.partition("#")[0].strip() for line in text.splitlines()]
     with progress_bar("drop", "shard") as progress:
         summary = drop_samples(store, [line for line in wanted if line], progress)

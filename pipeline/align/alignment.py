@@ -191,14 +191,15 @@ class Alignment:
         """
         try:
             teacher, student = (KVSpec.from_json(record[side]) for side in ("teacher", "student"))
-            found = parse(AlignmentRecord, record, "alignment")
-            return cls(
+            alignment = cls(
                 teacher=teacher,
                 student=student,
-                layer_map=tuple(found["layer_map"]),
-                layer_map_name=found["layer_map_name"],
-                baked=found["baked"],
+                layer_map=tuple((student, teacher) for student, teacher in record["layer_map"]),
+                layer_map_name=record["layer_map_name"],
+                baked=record["baked"],
             )
+            parse(AlignmentRecord, record, "alignment")  # types, which building one does not look at
+            return alignment
         except (KeyError, TypeError, ValueError) as error:
             raise StoreFormatError(f"alignment: {error!r}; expected the fields of Alignment") from error
 

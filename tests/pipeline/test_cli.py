@@ -248,7 +248,7 @@ def test_the_presets_asked_for_exist_and_are_listed() -> None:
 
 
 def test_a_file_of_ids_that_is_none_is_named_with_its_option(tmp_path: Path) -> None:
-    for ids, what in ((tmp_path / "nope.txt", "does not exist"), (tmp_path, "is a directory")):
+    for ids, what in ((tmp_path / "nope.txt", "No such file"), (tmp_path, "Is a directory")):
         done = kvpipe("drop", "store", "--ids", ids)
-        assert done.returncode == 2
-        assert re.search(rf"'--ids': File .* {what}", done.stderr)
+        assert done.returncode == 1
+        assert re.search(rf"--ids: .* cannot be read \({what}", done.stderr)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kvstore import open_store
 from tests.disks import ROOT, with_mount
 from tests.stores import random_source, small_spec, write_store

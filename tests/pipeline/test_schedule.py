@@ -120,7 +120,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job whose store remembers what is quarantined."""
     monkeypatch.setattr(schedule, "_ECHO_S", 0.0)
     monkeypatch.setattr(crew, "_MOST_WAIT_S", 0.0)
-    monkeypatch.setattr(schedule, "quarantine_samples", lambda _, shard, bad, __: RECORDED.append((shard, dict(bad))))
+    monkeypatch.setattr(schedule, "quarantine_samples", lambda _, shard, bad, *__: RECORDED.append((shard, dict(bad))))
     RECORDED.clear()
     return Job(store=str(tmp_path), layers=(0,), alignment=None, batch_tokens=64)
 
