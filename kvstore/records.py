@@ -98,7 +98,7 @@ def parse(kind: type[Record], content: str | bytes | Mapping[str, Any] | list[An
 
     Args:
         kind: a dataclass or TypedDict whose `__pydantic_config__` is `STRICT`, or a type made of such.
-        fields: section of FORMAT.md that lists the fields, for the message.
+        fields: number of the section of FORMAT.md that lists the fields; the message names it.
 
     Raises:
         StoreFormatError: fields are missing, unknown, of another type or out of range; each is named with its place.

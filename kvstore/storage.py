@@ -271,7 +271,7 @@ class Folder:
     def revoke_claim(self, claim: str) -> None:
         self._refuse_links(f"{STAGING}/any")
         gone = self.root / STAGING / f"{SCRATCH}{claim}-revoked-{secrets.token_hex(8)}"
-        # The rename, which is one step, ends every write of the holder, whatever it is doing; what lies there is then nobody's.
+        # This rename is one step: after it every write of the holder fails, because its staged files are gone.
         with contextlib.suppress(FileNotFoundError):
             (self.root / STAGING / f"{CLAIM}{claim}").rename(gone)
         shutil.rmtree(gone, ignore_errors=True)

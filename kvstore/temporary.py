@@ -1,7 +1,7 @@
 """Temporary folders that killed processes do not leave for good.
 
-A folder is locked as long as the process that made it lives, because the system lets go of a lock even of a killed process; whoever
-makes the next folder removes those that nobody holds.
+The process that made a folder holds a lock on it, which the system releases when the process ends, even by SIGKILL. Making a folder
+first removes the folders whose lock nobody holds.
 """
 
 from __future__ import annotations
